@@ -1,0 +1,336 @@
+"""The network of Improved DDPM: a UNet from (x_t, t, y) to the noise in x_t and, if wanted, its variance.
+
+Layers stand in the order, and have the shapes, of openai/improved-diffusion, whose published weights
+load into this class (see load_checkpoint). The network knows nothing of schedules or data.
+"""
+
+import dataclasses
+import math
+import os
+import pickle
+import zipfile
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclasses.dataclass
+class UNetConfig:
+    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters)."""
+
+    image_size: int = 32  # pixels a side; halved by each step of channel_mult but the last
+    in_channels: int = 3  # C
+    out_channels: int = 6  # C for ε alone, 2C for ε and v
+    channels: int = 128  # width at the full resolution
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)  # width of each resolution, in units of channels
+    num_res_blocks: int = 3  # at each resolution on the way down; one more on the way up
+    attention_resolutions: tuple[int, ...] = (16, 8)  # pixels a side at which blocks attend
+    num_heads: int = 4
+    dropout: float = 0.3
+    num_classes: int | None = None
+    scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
+
+    def __post_init__(self):
+        self.channel_mult = tuple(self.channel_mult)
+        self.attention_resolutions = tuple(self.attention_resolutions)
+        sizes = [self.image_size >> level for level in range(len(self.channel_mult))]
+        if self.image_size != sizes[-1] << len(sizes) - 1:
+            raise ValueError(f"image size {self.image_size}: no multiple of {2 ** (len(sizes) - 1)}")
+        for size in self.attention_resolutions:
+            if size not in sizes:
+                raise ValueError(f"no attention at resolution {size}: the network has {sizes}")
+        for size, mult in zip(sizes, self.channel_mult):
+            attends = size in self.attention_resolutions or size == sizes[-1]
+            if attends and self.channels * mult % self.num_heads:
+                raise ValueError(f"{self.num_heads} heads do not divide {self.channels * mult} channels")
+
+
+def group_norm(channels):
+    """The paper's GroupNorm(32), or with the most groups below 32 that divide the channels."""
+    groups = max(g for g in range(1, 33) if channels % g == 0)
+    if groups < 4:
+        raise ValueError(f"no 4 … 32 groups to norm divide {channels} channels: take a multiple of 8")
+    return nn.GroupNorm(groups, channels)
+
+
+def zeros(layer):
+    """The layer with its parameters set to 0: each block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def timestep_embedding(t, channels, max_period=10_000):
+    """Sinusoidal embedding: t (N,) float -> (N, channels), cosines first."""
+    half = channels // 2
+    freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(max_period) / half))
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """(N, in_channels, H, W) and a time embedding (N, D) -> (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift_norm):
+        super().__init__()
+        self.scale_shift_norm = scale_shift_norm
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_channels, (2 if scale_shift_norm else 1) * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeros(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        emb = self.emb(emb)[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + emb)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention of several heads over the H·W pixels of (N, C, H, W)."""
+
+    def __init__(self, channels, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = zeros(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        N, C, H, W = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(N, H * W, C)  # free: x is channels-last
+        # Each head's q, k and v lie side by side in the 3C outputs, as in the published weights.
+        qkv = self.qkv(h).view(N, H * W, self.num_heads, 3, C // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # 3 × (N, heads, HW, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 whatever the inputs
+        h = self.proj(h.transpose(1, 2).reshape(N, H * W, C))
+        return x + h.view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2.0))
+
+
+class Stage(nn.Sequential):
+    """Layers in a row; those that want the time embedding get it."""
+
+    def forward(self, h, emb):
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+class UNet(nn.Module):
+    """The UNet that `config` describes; random weights, every block's last layer zero."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c, emb_channels = config, 4 * config.channels
+
+        def res(in_channels, out_channels):
+            return ResBlock(in_channels, out_channels, emb_channels, c.dropout, c.scale_shift_norm)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(c.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if c.num_classes is not None:
+            self.label_emb = nn.Embedding(c.num_classes, emb_channels)
+
+        size, ch = c.image_size, c.channels
+        self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, ch, 3, padding=1))])
+        skips = [ch]  # channels of each output on the way down, to be joined on the way up
+        for level, mult in enumerate(c.channel_mult):
+            if level > 0:
+                self.down.append(Stage(nn.Conv2d(ch, ch, 3, stride=2, padding=1)))
+                skips.append(ch)
+                size //= 2
+            for _ in range(c.num_res_blocks):
+                stage = [res(ch, mult * c.channels)]
+                ch = mult * c.channels
+                if size in c.attention_resolutions:
+                    stage.append(Attention(ch, c.num_heads))
+                self.down.append(Stage(*stage))
+                skips.append(ch)
+
+        self.middle = Stage(res(ch, ch), Attention(ch, c.num_heads), res(ch, ch))
+
+        self.up = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(c.channel_mult))):
+            for i in range(c.num_res_blocks + 1):
+                stage = [res(ch + skips.pop(), mult * c.channels)]
+                ch = mult * c.channels
+                if size in c.attention_resolutions:
+                    stage.append(Attention(ch, c.num_heads))
+                if level > 0 and i == c.num_res_blocks:
+                    stage.append(Upsample(ch, ch, 3, padding=1))
+                    size *= 2
+                self.up.append(Stage(*stage))
+
+        self.out = nn.Sequential(
+            group_norm(ch), nn.SiLU(), zeros(nn.Conv2d(ch, c.out_channels, 3, padding=1))
+        )
+        self.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+
+    def forward(self, x, t, y=None):
+        """x (N, in_channels, S, S), t (N,) float, y (N,) int64 or None -> (N, out_channels, S, S).
+
+        Raises ValueError if y is missing from a class-conditional network, or given to another.
+        """
+        if (y is None) != (self.config.num_classes is None):
+            raise ValueError("y must be given if and only if the network has num_classes")
+        emb = self.time_embed(timestep_embedding(t, self.config.channels))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        emb = F.silu(emb)  # (N, 4·channels); every block would begin with it
+        h = x.contiguous(memory_format=torch.channels_last)
+        skips = []
+        for stage in self.down:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle(h, emb)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------
+
+FORMAT = 1  # of our files; one with a higher number was written by a newer version
+
+# openai/improved-diffusion's names for our layers.
+OPENAI_NAMES = {
+    "input_blocks": "down", "middle_block": "middle", "output_blocks": "up", ".op.": ".",
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "emb", "proj_out": "proj",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "skip", ".conv.": ".",
+}  # fmt: skip
+
+# What the tensors of its released files don't tell: schedule, T, time_scale, heads.
+OPENAI_FILES = {
+    "cifar10_uncond_50M_500K.pt": ("cosine", 4000, 0.25, 4),
+    "cifar10_uncond_vlb_50M_500K.pt": ("cosine", 4000, 0.25, 4),
+    "imagenet64_uncond_100M_1500K.pt": ("cosine", 4000, 0.25, 4),
+    "imagenet64_uncond_vlb_100M_1500K.pt": ("cosine", 4000, 0.25, 4),
+    "imagenet64_cond_270M_250K.pt": ("cosine", 4000, 1.0, 4),
+    "lsun_uncond_100M_1200K_bs128.pt": ("linear", 1000, 1.0, 1),
+    "lsun_uncond_100M_2400K_bs64.pt": ("linear", 1000, 1.0, 1),
+}
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values so that `path` is a whole file at any moment.
+
+    Raises OSError; `path` is then what it was.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint, its checksums verified. Raises ValueError, or OSError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError(f"{path} is damaged: a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no checkpoint, but a {type(state).__name__}")
+    if state.get("format", 0) > FORMAT:
+        raise ValueError(f"{path} was written by a newer version: format {state['format']}")
+    return state
+
+
+def openai_config(state, num_heads):
+    """The UNetConfig of improved-diffusion's tensors, under our names."""
+    channels = len(state["down.0.0.weight"])
+    widths, attention, stage = [[]], set(), 1
+    while any(name.startswith(f"down.{stage}.") for name in state):
+        if f"down.{stage}.0.conv1.weight" in state:
+            widths[-1].append(len(state[f"down.{stage}.0.conv1.weight"]) // channels)
+        else:
+            widths.append([])
+        if f"down.{stage}.1.qkv.weight" in state:
+            attention.add(len(widths) - 1)
+        stage += 1
+    mult = tuple(level[0] for level in widths)
+    size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
+    return UNetConfig(
+        image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
+        channel_mult=mult, num_res_blocks=len(widths[0]), dropout=0.0, num_heads=num_heads,
+        attention_resolutions=[size >> level for level in sorted(attention)],
+        num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
+        scale_shift_norm=len(state["down.1.0.emb.weight"]) == 2 * len(state["down.1.0.norm2.weight"]),
+    )  # fmt: skip
+
+
+def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
+    """UNet with the EMA weights, in eval mode, and Diffusion's arguments, from a file alone.
+
+    path is a checkpoint of ours or one that openai/improved-diffusion released. The arguments after
+    it are for other files of its kind (plain state dicts), which don't hold them.
+    Raises ValueError if the file is damaged, foreign or newer than this code; OSError.
+    """
+    state = read_checkpoint(path)
+    if "format" in state:
+        model = UNet(UNetConfig(**state["unet"]))
+        model.load_state_dict(state["ema"])
+        return model.eval(), state["diffusion"]
+    for theirs, ours in OPENAI_NAMES.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    known = OPENAI_FILES.get(os.path.basename(path))
+    schedule, T, time_scale, num_heads = known or (schedule, T, time_scale, num_heads)
+    if "down.0.0.weight" not in state:
+        raise ValueError(f"{path} holds neither a network of ours nor of improved-diffusion")
+    if state["down.0.0.weight"].shape[1] != 3:
+        raise ValueError(f"{path}: upsamplers are not supported")
+    if schedule is None or T is None:
+        raise ValueError(f"{path} does not say its process: give --schedule and --T")
+    model = UNet(openai_config(state, num_heads))
+    # Their attention's 1×1 convolutions (C', C, 1) are our linear layers (C', C).
+    model.load_state_dict({n: v.squeeze(2) if v.ndim == 3 else v for n, v in state.items()})
+    arguments = {"schedule": schedule, "T": T, "variance": "learned", "time_scale": time_scale}
+    return model.eval(), arguments
+
+
+# ---- Devices -----------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """ "auto" -> the best device here, this process's own under torchrun; else the named one."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name, device):
+    """ "auto" -> bf16 for autocast where the hardware computes in it, else float32."""
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

@@ -1,0 +1,109 @@
+"""Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
+
+This file stands alone, and is the only mathematics here that speaks to other processes.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def gather(values):
+    """The 1-D tensors of all ranks, of whatever lengths, in the order of ranks -> one tensor."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    length = torch.tensor([len(values)], device=values.device)
+    lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    lengths = torch.cat(lengths).tolist()
+    padded = values.new_zeros(max(lengths))
+    padded[: len(values)] = values
+    rows = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(rows, padded)
+    return torch.cat([row[:n] for row, n in zip(rows, lengths)])
+
+
+class UniformSampler:
+    """Every t in 0 … T-1 equally often; all weights 1."""
+
+    def __init__(self, T):
+        self.T = T
+
+    def to(self, device):
+        return self
+
+    def sample(self, n, generator=None):
+        """Draw t (n,) int64 and weights (n,), on the generator's device (None: the CPU)."""
+        device = generator.device if generator else "cpu"
+        t = torch.randint(self.T, (n,), generator=generator, device=device)
+        return t, torch.ones(n, device=device)
+
+    def update(self, t, losses):
+        """Nothing to learn from the losses."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class ImportanceSampler:
+    """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
+
+    Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform, so
+    that no t is forgotten. The weights 1 / (T·p_t) keep weighted means unbiased.
+    """
+
+    def __init__(self, T, history=10, uniform=0.001):
+        self.T, self.uniform = T, uniform
+        self.losses = torch.zeros(T, history)  # of each t, a ring of its last losses
+        self.counts = torch.zeros(T, dtype=torch.int64)  # of all losses ever seen
+
+    def to(self, device):
+        """Move the history to a device. Returns self."""
+        self.losses, self.counts = self.losses.to(device), self.counts.to(device)
+        return self
+
+    def probabilities(self):
+        """p (T,), summing to 1."""
+        root = self.losses.square().mean(1).sqrt()
+        p = (1 - self.uniform) * root / root.sum() + self.uniform / self.T
+        ready = (self.counts >= self.losses.shape[1]).all() & (root.sum() > 0)
+        return torch.where(ready, p, 1 / self.T)
+
+    def sample(self, n, generator=None):
+        """Draw t (n,) int64 and weights (n,)."""
+        p = self.probabilities()
+        t = torch.multinomial(p, n, replacement=True, generator=generator)
+        return t, 1 / (self.T * p[t])
+
+    def update(self, t, losses):
+        """Add losses (n,), unweighted, at timesteps t (n,). All ranks must call; all see all.
+
+        Losses that are not finite are left out.
+        """
+        t, losses = gather(t), gather(losses.float())
+        finite = losses.isfinite()
+        t, order = t[finite].sort(stable=True)
+        losses = losses[finite][order]
+        seen = torch.bincount(t, minlength=self.T)
+        # Within its group of equal t, each loss has a rank; only the last `history` may stay.
+        rank = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
+        history = self.losses.shape[1]
+        last = rank >= seen[t] - history
+        slot = (self.counts[t] + rank) % history
+        self.losses[t[last], slot[last]] = losses[last]
+        self.counts += seen
+
+    def state_dict(self):
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state):
+        """Raises ValueError if the state belongs to another T or history."""
+        if state["losses"].shape != self.losses.shape:
+            raise ValueError("the history of losses belongs to another T")
+        self.losses.copy_(state["losses"])
+        self.counts.copy_(state["counts"])
+
+
+T_SAMPLERS = {"uniform": UniformSampler, "importance": ImportanceSampler}
