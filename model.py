@@ -328,9 +328,8 @@ def pick_device(name):
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_dtype(name, device):
-    """ "auto" -> bf16 for autocast where the hardware computes in it, else float32."""
-    if name == "auto":
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        name = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+def pick_autocast(name, device):
+    """Autocast to bf16, or to nothing for "fp32"; "auto": to bf16 on GPUs that compute in it."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")

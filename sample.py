@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from diffusion import Diffusion, generator
-from model import load_checkpoint, pick_device, pick_dtype
+from model import load_checkpoint, pick_autocast, pick_device
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TTY = sys.stderr.isatty()
@@ -156,8 +156,7 @@ def main():
     if args.label is not None and args.label >= (classes or 0):
         fail(f"--class {args.label}: the network has {classes or 'no'} classes, from 0", 2)
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    autocast = pick_autocast(args.dtype, device)
     diffusion = Diffusion(**process | {"steps": steps}).to(device)
     model.to(device)
     say(f"{path}: {args.n} images in {steps} steps on {device}")

@@ -12,7 +12,6 @@ The same command again goes on from the last checkpoint, on any number of proces
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import fcntl
 import hashlib
@@ -34,13 +33,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torchvision.datasets import CIFAR10
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from diffusion import Diffusion, estimate_error, generator
-from model import (
-    UNet, UNetConfig, load_checkpoint, pick_device, pick_dtype, read_checkpoint, save_checkpoint,
-)  # fmt: skip
+from model import UNet, UNetConfig, load_checkpoint, pick_autocast, pick_device, read_checkpoint
+from model import save_checkpoint
 from sampler import T_SAMPLERS, gather
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -59,131 +58,119 @@ def fail(message, status=1):
 
 # ---- The command line --------------------------------------------------------------------------
 
-# The flags' own defaults are the paper's CIFAR-10 run. Other data differ in:
+# The flags' own defaults are the paper's CIFAR-10 run. What other data change:
 DIGITS = dict(
-    data="digits", image_size=16, class_cond=True, flip=False, T=1000, channels=32,
-    channel_mult=(1, 2, 2), num_res_blocks=1, attention=(8,), dropout=0.0, steps=1200, batch=64,
-    lr=1e-3, warmup=100, ema=0.995, log_every=20, sample_every=400, save_every=200,
+    image_size=16, class_cond=True, flip=False, T=1000, channels=32, channel_mult=(1, 2, 2),
+    num_res_blocks=1, attention=(8,), dropout=0.0, steps=1200, batch=64, lr=1e-3, warmup=100,
+    ema=0.995, log_every=20, sample_every=400, save_every=200,
 )  # fmt: skip
-FOLDER = dict(image_size=64, channel_mult=(1, 2, 3, 4), dropout=0.0, steps=1_500_000)
-MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4)}
-NETWORK = "channels channel_mult num_res_blocks num_heads dropout image_size".split()
-# What may differ when a run goes on: where, how fast and how long it computes, not what.
+FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
+MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
+NETWORK = "image_size channels channel_mult num_res_blocks num_heads dropout".split()
+# What may differ when a run goes on: where, how long and how fast it computes, not what.
 FREE = "steps accum device dtype compile log_every sample_every save_every out init".split()
+# Numbers are at least 1 if whole, 0 … 1 if not, but for these.
+LIMITS = dict(T=(2, 10**5), seed=(0, 2**32 - 1), warmup=(0, 10**9), grad_clip=(0, 1e9),
+              dropout=(0, 0.99), eval_calls=(4, 10**6))  # fmt: skip
 
 
-def number(kind, low, high):
-    """An argparse type: a number from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
-        return value
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # what argparse says of "x"
-    return parse
-
-
-def numbers(text):
-    """An argparse type: 16,8 -> (16, 8)."""
-    parts = [] if text == "none" else text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"must be whole numbers such as 16,8, not {text!r}")
-    return tuple(int(part) for part in parts)
+def integers(text):
+    return tuple(int(part) for part in text.split(",") if part != "none")
 
 
 def parse(argv):
-    """-> the defaults for the --data in argv, and the flags that argv gives; two dicts."""
+    """-> the defaults for the --data in argv, and the flags that argv gives: two dicts."""
     flags = argparse.ArgumentParser(
         usage="[torchrun] train.py [--data digits|cifar10|DIR] [flags]", add_help=False,
         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 30, 30, 100),
     )  # fmt: skip
     flags.error = lambda message: fail(message, 2)
-    n, switch = number(int, 1, 10**12), argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
     add = flags.add_argument_group("data").add_argument
-    add("--data", default="cifar10", metavar="WHAT", help="digits, cifar10 or a folder of images")
-    add("--image-size", type=n, default=32, metavar="N", help="pixels a side, of a folder's images")
+    add("--data", default="digits", metavar="WHAT", help="digits, cifar10 or a folder of images")
+    add("--image-size", type=int, default=32, metavar="N", help="pixels a side, for a folder")
     add("--class-cond", action=switch, default=False, help="classes: a folder's subfolders")
     add("--flip", action=switch, default=True, help="mirror images at random")
     add = flags.add_argument_group("process").add_argument
     add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="loss")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="of the noise")
-    add("--T", type=number(int, 2, 100_000), default=4000, metavar="N", help="timesteps")
+    add("--T", type=int, default=4000, metavar="N", help="timesteps")
     add("--variance", choices=["learned", "small", "large"], default="learned", help="of p")
     add("--t-sampler", choices=list(T_SAMPLERS), default="uniform", help="which t to train on")
     add = flags.add_argument_group("network").add_argument
-    add("--channels", type=n, default=128, metavar="N", help="width at the full resolution")
-    add("--channel-mult", type=numbers, default=(1, 2, 2, 2), metavar="N,N", help="times --channels")
-    add("--num-res-blocks", type=n, default=3, metavar="N", help="blocks at each resolution")
-    add("--attention", type=numbers, default=(16, 8), metavar="N,N", help="at resolutions, or none")
-    add("--num-heads", type=n, default=4, metavar="N", help="heads of attention")
-    add("--dropout", type=number(float, 0, 0.99), default=0.3, metavar="P", help="probability")
+    add("--channels", type=int, default=128, metavar="N", help="width at the full resolution")
+    add("--channel-mult", type=integers, default=(1, 2, 2, 2), metavar="N,N", help="× --channels")
+    add("--num-res-blocks", type=int, default=3, metavar="N", help="blocks at each resolution")
+    add("--attention", type=integers, default=(16, 8), metavar="N,N", help="resolutions, or none")
+    add("--num-heads", type=int, default=4, metavar="N", help="heads of attention")
+    add("--dropout", type=float, default=0.3, metavar="P", help="probability")
     add = flags.add_argument_group("training").add_argument
     add("--out", metavar="DIR", help="run directory (runs/ and the name of the data)")
-    add("--steps", type=n, default=500_000, metavar="N", help="updates in all")
-    add("--batch", type=n, default=128, metavar="N", help="images an update, of all processes")
-    add("--accum", type=n, default=1, metavar="N", help="parts in which a process computes its own")
-    add("--lr", type=number(float, 0, 1), default=1e-4, metavar="X", help="AdamW's learning rate")
-    add("--warmup", type=number(int, 0, 10**12), default=0, metavar="N", help="updates up to --lr")
-    add("--ema", type=number(float, 0, 1), default=0.9999, metavar="X", help="decay of the mean")
-    add("--grad-clip", type=number(float, 0, 1e9), default=0.0, metavar="X", help="norm, 0: none")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of all randomness")
+    add("--steps", type=int, default=500_000, metavar="N", help="updates in all")
+    add("--batch", type=int, default=128, metavar="N", help="images an update, of all processes")
+    add("--accum", type=int, default=1, metavar="N", help="parts a process computes its share in")
+    add("--lr", type=float, default=1e-4, metavar="X", help="AdamW's learning rate")
+    add("--warmup", type=int, default=0, metavar="N", help="updates until it is reached")
+    add("--ema", type=float, default=0.9999, metavar="X", help="decay of the averaged weights")
+    add("--grad-clip", type=float, default=0.0, metavar="X", help="largest norm, 0: any")
+    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--init", metavar="FILE", help="checkpoint whose weights to start from")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--log-every", type=n, default=100, metavar="N", help="updates a row of log.csv")
-    add("--sample-every", type=n, default=10_000, metavar="N", help="updates a grid of samples")
-    add("--save-every", type=n, default=1_000, metavar="N", help="updates a checkpoint")
+    add("--log-every", type=int, default=100, metavar="N", help="updates a row of log.csv")
+    add("--sample-every", type=int, default=10_000, metavar="N", help="updates a grid of samples")
+    add("--save-every", type=int, default=1_000, metavar="N", help="updates a checkpoint")
     add = flags.add_argument_group("bits per dimension").add_argument
     add("--eval-only", action="store_true", help="measure --ckpt on images of --data")
     add("--ckpt", metavar="FILE", help="what to measure (ckpt.pt in --out)")
-    add("--eval-images", type=n, default=10_000, metavar="N", help="images at most")
-    add("--eval-steps", type=n, metavar="N", help="of this many of the T steps")
-    add("--eval-calls", type=n, default=10, metavar="N", help="of the network an image; T: exact")
-    flags.add_argument("-h", "--help", action="help", help="print this, for the --data given")
+    add("--eval-images", type=int, default=10_000, metavar="N", help="images at most")
+    add("--eval-steps", type=int, metavar="N", help="steps of the process to measure (T)")
+    add("--eval-calls", type=int, default=10, metavar="N", help="network calls an image, T: exact")
+    add("-h", "--help", action="store_true", help="print this, for the --data given")
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="digits")
-    first.add_argument("--image-size", type=int, default=64)
-    first.error = flags.error
-    chosen, _ = first.parse_known_args(argv)
-    if chosen.data == "digits":
+    unset = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args([]))))
+    given = {k: v for k, v in vars(flags.parse_args(argv, unset)).items() if v is not None}
+    if given.get("data", "digits") == "digits":
         flags.set_defaults(**DIGITS)
-    elif chosen.data != "cifar10":
-        mult = MULTS.get(chosen.image_size, (1, 2, 2, 2))
-        flags.set_defaults(**FOLDER | vars(chosen) | {"channel_mult": mult})
-    defaults = vars(flags.parse_args([]))
-    given = vars(flags.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    return defaults, {name: value for name, value in given.items() if value is not None}
+    elif given["data"] != "cifar10":
+        mult = MULTS.get(given.get("image_size"), (1, 2, 3, 4))
+        flags.set_defaults(**FOLDER, channel_mult=mult)
+    if "help" in given:
+        flags.print_help()
+        raise SystemExit
+    for name, values in given.items():
+        for value in values if isinstance(values, tuple) else (values,):
+            low, high = LIMITS.get(name, (0, 1) if isinstance(value, float) else (1, 10**9))
+            if isinstance(value, int | float) and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
+    return vars(flags.parse_args([])), given
 
 
 def configure(argv):
     """-> the configuration (a Namespace), and the checkpoint to go on from, or None."""
     defaults, given = parse(argv)
-    name = os.path.basename(os.path.abspath(given.get("data", "digits")))
-    out = given.get("out", os.path.join("runs", name))
+    name, state = os.path.basename(os.path.abspath(given.get("data", "digits"))), None
+    out = given.setdefault("out", os.path.join("runs", name))
     path = os.path.join(out, "ckpt.pt")
-    if given.get("eval_only"):
-        return argparse.Namespace(**defaults | {"ckpt": path} | given | {"out": out}), None
-    if given.get("ckpt"):
+    if "eval_only" in given:
+        return argparse.Namespace(**defaults | {"ckpt": path} | given), None
+    if "ckpt" in given:
         fail("--ckpt is for --eval-only: training goes on in --out, or starts from --init", 2)
-    state = None
     if os.path.exists(path):
         state = read_checkpoint(path)
         if "config" not in state:
             fail(f"{path} holds weights, but no run to go on with: take another --out")
-        for name, value in given.items():
-            saved = state["config"].get(name, defaults[name])
-            if name not in FREE and value != saved:
-                fail(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved}; leave the"
-                     " flag out to go on with it, or take another --out", 2)  # fmt: skip
         defaults |= state["config"]
-    elif given.get("init"):
+        for name in given.keys() - FREE:
+            if given[name] != defaults[name]:
+                fail(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has"
+                     f" {defaults[name]}; leave it out, or take another --out", 2)  # fmt: skip
+    elif "init" in given:
         net = dataclasses.asdict(load_checkpoint(given["init"])[0].config)
-        defaults |= {key: net[key] for key in NETWORK} | {"attention": net["attention_resolutions"]}
-    return argparse.Namespace(**defaults | given | {"out": out}), state
+        defaults |= {name: net[name] for name in NETWORK}
+        defaults["attention"] = net["attention_resolutions"]
+    return argparse.Namespace(**defaults | given), state
 
 
 # ---- Data: uint8 images (N, 3, S, S), labels (N,) ----------------------------------------------
@@ -194,34 +181,20 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def draw_digits(n, size, seed):
     """n pictures of a digit: any height, place, and two colours that differ in brightness."""
     rng = np.random.default_rng(seed)
-    masks = []  # of each height and digit
-    for height in range(size // 2, size - 2):
-        font = ImageFont.load_default(size=height * 1.4)
-        for digit in "0123456789":
-            left, top, right, bottom = font.getbbox(digit)
-            mask = Image.new("L", (int(right - left), int(bottom - top)))
-            ImageDraw.Draw(mask).text((-left, -top), digit, fill=255, font=font)
-            masks.append(np.asarray(mask, np.float32) / 255)
-    labels = rng.integers(10, size=n)
-    shapes = rng.integers(len(masks) // 10, size=n) * 10 + labels
-    colours = rng.uniform(0, 255, (4 * n, 2, 3, 1, 1)).astype(np.float32)
-    brightness = colours[..., 0, 0] @ np.float32([0.299, 0.587, 0.114])
-    colours = colours[abs(brightness[:, 0] - brightness[:, 1]) > 80][:n]
-    images = np.broadcast_to(colours[:, 0], (n, 3, size, size)).copy()
-    for image, shape, (paper, ink) in zip(images, shapes, colours):
-        h, w = masks[shape].shape
-        top, left = rng.integers(0, (size + 1 - h, size + 1 - w))
-        image[:, top : top + h, left : left + w] += masks[shape] * (ink - paper)
-    return images.round().astype(np.uint8), labels
-
-
-@contextlib.contextmanager
-def one_at_a_time(path):
-    """Processes of this machine that use the same path wait for each other."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    fonts = [ImageFont.load_default(size=height * 1.4) for height in range(size // 2, size - 2)]
+    images, labels = np.empty((n, size, size, 3), np.uint8), rng.integers(10, size=n)
+    for i, digit in enumerate(labels.astype(str)):
+        paper = ink = rng.integers(256, size=3)
+        while abs((paper - ink) @ [0.299, 0.587, 0.114]) < 80:
+            ink = rng.integers(256, size=3)
+        image = Image.new("RGB", (size, size), tuple(paper.tolist()))
+        font = fonts[rng.integers(len(fonts))]
+        left, top, right, bottom = font.getbbox(digit)
+        corner = rng.integers((0, 0), (size + 1 - right + left, size + 1 - bottom + top))
+        place = (corner[0] - left, corner[1] - top)
+        ImageDraw.Draw(image).text(place, digit, tuple(ink.tolist()), font)
+        images[i] = image
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
 
 
 def read_image(path, size):
@@ -242,19 +215,25 @@ def read_image(path, size):
 
 
 def list_images(root):
-    """Sorted paths, relative to root, of the image files below it; links, but no loops of them."""
+    """Sorted paths, relative to root, of the image files below it; links are followed once."""
     paths, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        paths += [
-            os.path.relpath(os.path.join(folder, file), root)
-            for file in files
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        ]
+        files = (f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
+        paths += [os.path.relpath(os.path.join(folder, file), root) for file in files]
     return sorted(paths)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Processes of this machine that name the same path wait for each other."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def load_folder(root, size):
@@ -266,8 +245,7 @@ def load_folder(root, size):
     files = [os.lstat(os.path.join(root, path)) for path in paths]
     listing = [(path, file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
     key = hashlib.sha256(json.dumps([listing, size]).encode()).hexdigest()[:12]
-    name = f"{os.path.basename(os.path.abspath(root))}-{size}-{key}"
-    cache = os.path.join("data", "cache", name)
+    cache = f"data/cache/{os.path.basename(os.path.abspath(root))}-{size}-{key}"
     with one_at_a_time(cache):
         if not os.path.exists(cache):
             shutil.rmtree(cache + ".tmp", ignore_errors=True)  # left by a process that was killed
@@ -295,34 +273,37 @@ def load_folder(root, size):
 
 def load_data(config, held_out=False):
     """-> images (N, 3, S, S) uint8, labels (N,) int64 or None, number of classes or None."""
+    classes = 10
     if config.data == "digits":
-        images, labels = draw_digits(50_000, config.image_size, config.seed + 2**32 * held_out)
-        return images, *((labels, 10) if config.class_cond else (None, None))
-    if config.data == "cifar10":
-        from torchvision.datasets import CIFAR10
-
+        images, labels = draw_digits(20_000, config.image_size, config.seed + 2**32 * held_out)
+    elif config.data == "cifar10":
         try:
             with one_at_a_time("data/cifar10"), contextlib.redirect_stdout(sys.stderr):
                 data = CIFAR10("data", train=not held_out, download=True)
         except (OSError, RuntimeError) as error:
             fail(f"cannot download CIFAR-10 ({error}); put cifar-10-python.tar.gz into data/")
-        images, labels = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), data.targets
-        return images, *((np.array(labels), 10) if config.class_cond else (None, None))
-    if not os.path.isdir(config.data):
+        images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
+        labels = np.array(data.targets)
+    elif os.path.isdir(config.data):
+        images, paths = load_folder(config.data, config.image_size)
+        folders = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
+        names, labels = np.unique(folders, return_inverse=True)
+        if config.class_cond and not names[0]:
+            fail(f"--class-cond: {paths[labels.argmin()]} in {config.data} is in no subfolder")
+        classes = len(names)
+    else:
         fail(f"--data {config.data}: neither digits, nor cifar10, nor a folder", 2)
-    images, paths = load_folder(config.data, config.image_size)
-    if not config.class_cond:
-        return images, None, None
-    folders = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
-    names, labels = np.unique(folders, return_inverse=True)
-    if not names[0]:
-        fail(f"--class-cond: {paths[labels.argmin()]} lies in {config.data} itself, in no subfolder")
-    return images, labels, len(names)
+    return images, *((labels, classes) if config.class_cond else (None, None))
 
 
 @lru_cache(2)
 def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=generator(seed, 2**31 + epoch)).numpy()
+
+
+def to_x0(images, device):
+    """uint8 -> float32 in [-1, 1]."""
+    return torch.from_numpy(np.asarray(images)).to(device).float() / 127.5 - 1
 
 
 def load_batch(config, images, labels, t_sampler, step, device):
@@ -339,7 +320,7 @@ def load_batch(config, images, labels, t_sampler, step, device):
     t, weights = t_sampler.sample(B, g)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)[mine]
     flip = torch.rand(B, 1, 1, 1, generator=g, device=device)[mine] < 0.5 * config.flip
-    x0 = torch.from_numpy(np.asarray(images[rows])).to(device).float() / 127.5 - 1
+    x0 = to_x0(images[rows], device)
     y = None if labels is None else torch.from_numpy(labels[rows]).to(device)
     return torch.where(flip, x0.flip(3), x0), y, t[mine], weights[mine], noise
 
@@ -349,29 +330,17 @@ def load_batch(config, images, labels, t_sampler, step, device):
 COLUMNS = "step,loss,bits_per_dim,grad_norm,lr,skipped,images_per_second,seconds\n"
 
 
-def open_log(path, step):
-    """log.csv, to go on after the row of `step`: what a killed run wrote after that is cut."""
-    rows = []
-    if step and os.path.exists(path):
-        with open(path) as file:
-            rows = [row for row in file if row[0].isdigit() and row.endswith("\n")]
-    with open(path + ".tmp", "w") as file:
-        file.writelines([COLUMNS, *(row for row in rows if int(row.split(",")[0]) <= step)])
-    os.replace(path + ".tmp", path)
-    return open(path, "a", buffering=1)
-
-
 def catch_signals():
     """-> a tensor that becomes the number of the first SIGINT or SIGTERM; the next one kills."""
     stop, first = torch.zeros(1, dtype=torch.int64), []
 
     def handle(number, frame):
+        if first and time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
+            raise SystemExit(128 + number)
         if not first:
             first.append(time.monotonic())
             stop.fill_(number)
             say("stopping after this step (once more: at once)")
-        elif time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
-            raise SystemExit(128 + number)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -382,8 +351,8 @@ def draw_samples(config, diffusion, ema, classes, device, autocast):
     """A grid's 64 images, shared out among the processes -> (64, 3, S, S) in [-1, 1]."""
     x = torch.zeros(64, 3, config.image_size, config.image_size, device=device)
     mine = torch.arange(64, device=device)[RANK::WORLD]
-    generators = [generator(config.seed, i, device) for i in mine.tolist()]
-    if generators:
+    if len(mine):
+        generators = [generator(config.seed, i, device) for i in mine.tolist()]
         noise = [torch.randn(x.shape[1:], generator=g, device=device) for g in generators]
         y = mine % classes if classes else None
         with autocast:
@@ -412,69 +381,64 @@ def train(config, state, device, autocast):
     params, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
-    start, before = 0, 0.0
+    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "t_sampler": t_sampler}
     # Of this process since the last row of the log: loss, bits/dim, gradient norm, steps, skipped.
     sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
+    start, before, rows = 0, 0.0, COLUMNS
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        t_sampler.load_state_dict(state["t_sampler"])
-        start, before = state["step"], state["seconds"]
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        start, before, rows = state["step"], state["seconds"], state["log"]
         sums += state["sums"].to(device) * (RANK == 0)
     net = torch.compile(model) if config.compile else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    log = open_log(os.path.join(config.out, "log.csv"), start) if RANK == 0 else None
     stop = catch_signals()
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=not TTY or RANK > 0)
     batch = load_batch(config, images, labels, t_sampler, start, device)
-    begin = marked = time.monotonic()
-    mark, told = start, 0.0
+    begin = marked = told = time.monotonic()
+    mark = start
     for step in range(start, config.steps + 1):  # so many steps are done
         stopping = stop.clone()
         if WORLD > 1:
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # on the CPU: the device does not wait
-        stopping, last, new = int(stopping), step == config.steps, step > start
+        stopping, last, new, now = int(stopping), step == config.steps, step > start, time.monotonic()
         logs = new and (last or step % config.log_every == 0)
         saves = new and (last or stopping or step % config.save_every == 0)
         if WORLD > 1 and (logs or saves):
             dist.all_reduce(sums)
             sums *= RANK == 0
-
         if logs:
             loss, bits, norm, good, bad = sums.tolist()
             loss, bits, norm = (value / max(good, 1) for value in (loss, bits, norm))
             bits += diffusion.prior(x0).mean().item()
-            sums.zero_()
-            now = time.monotonic()
             rate, seconds = (step - mark) * config.batch / (now - marked), before + now - begin
-            mark, marked = step, now
+            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{bad:.0f},"
+            rows += row + f"{rate:.1f},{seconds:.1f}\n"
             if RANK == 0:
-                log.write(f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{bad:.0f},")
-                log.write(f"{rate:.1f},{seconds:.1f}\n")
+                with open(os.path.join(config.out, "log.csv"), "w") as file:
+                    file.write(rows)
+            sums.zero_()
+            mark, marked = step, now
             bar.set_postfix_str(f"loss {loss:.4f}, {bits:.3f} bits/dim, {rate:.0f} img/s")
             if not TTY and (now > told + 10 or last):
                 told, left = now, (config.steps - step) * config.batch / rate / 60
                 say(f"step {step}/{config.steps}: {bar.postfix}, {left:.0f} min left")
             if skipped_in_a_row >= 100:
-                fail(f"100 steps in a row had no finite gradient at step {step}: try a smaller --lr")
+                fail(f"no finite gradient in the 100 steps before {step}: try a smaller --lr")
         if new and not stopping and (last or step % config.sample_every == 0):
-            x = draw_samples(config, preview, ema, classes, device, autocast)
+            x = draw_samples(config, preview, ema, classes, device, autocast).cpu()
             if RANK == 0:
-                zoom = max(1, 64 // config.image_size)
                 path = os.path.join(config.out, "samples", f"{step:07}.png")
-                grid = F.interpolate(x.cpu(), scale_factor=zoom)
-                save_image(grid, path + ".tmp", normalize=True, value_range=(-1, 1), format="png")
+                x = F.interpolate(x, scale_factor=float(max(1, 64 // config.image_size)))
+                save_image(x, path + ".tmp", normalize=True, value_range=(-1, 1), format="png")
                 os.replace(path + ".tmp", path)
         if saves and RANK == 0:
-            state = {
-                "step": step, "seconds": before + time.monotonic() - begin, "config": vars(config),
-                "unet": dataclasses.asdict(model.config), "diffusion": process, "sums": sums,
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "t_sampler": t_sampler.state_dict(),
-            }  # fmt: skip
+            state = {name: part.state_dict() for name, part in stateful.items()} | dict(
+                step=step, seconds=before + time.monotonic() - begin, sums=sums, log=rows,
+                config=vars(config), unet=dataclasses.asdict(model.config), diffusion=process,
+            )  # fmt: skip
             try:
                 save_checkpoint(os.path.join(config.out, "ckpt.pt"), state)
             except OSError as error:
@@ -492,26 +456,24 @@ def train(config, state, device, autocast):
         for part in range(config.accum):
             s = slice(part * n // config.accum, (part + 1) * n // config.accum)
             net.require_backward_grad_sync = part == config.accum - 1  # DDP sums gradients once
-            given = x0[s], t[s], None if y is None else y[s], noise[s], config.objective
+            y_part = None if y is None else y[s]
             with autocast:
-                loss, vlb = diffusion.losses(net, *given)
+                loss, vlb = diffusion.losses(net, x0[s], t[s], y_part, noise[s], config.objective)
             (weights[s] @ loss * (WORLD / config.batch)).backward()  # DDP divides by WORLD
             losses.append(torch.stack([loss.detach(), vlb]))
-        losses = torch.cat(losses, 1)
-        gradients = [p.grad for p in params]
-        norm = get_total_norm(gradients)
+        norm = get_total_norm([p.grad for p in params])
         if config.grad_clip > 0:
             clip_grads_with_norm_(params, config.grad_clip, norm)
-        # A step whose gradient is not finite on some process is one for none: the fused optimizer
-        # does nothing then, without the host having to look.
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        # A gradient that is not finite, on any process, is not used: the fused optimizer then does
+        # nothing, and the host need not look.
+        bad = (~norm.isfinite()).float()
+        optimizer.grad_scale, optimizer.found_inf = None, bad
         optimizer.step()
         optimizer.zero_grad()
         # The ramp keeps the initial weights out of the average of a short run.
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, params, 1 - decay)
+        torch._foreach_lerp_(averages, params, 1 - min(config.ema, (1 + step) / (10 + step)))
+        losses = torch.cat(losses, 1)
         t_sampler.update(t, losses[0])
-        bad = optimizer.found_inf
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
         means = torch.stack([*(losses @ weights / config.batch), norm / WORLD]) * (1 - bad)
         sums[:3] += means.nan_to_num(0, 0, 0)
@@ -529,9 +491,9 @@ def train(config, state, device, autocast):
 
 
 def evaluate(config, device, autocast):
-    """Print the bound on held-out images and its parts; write the terms L_t to terms.csv.
+    """Print the bound on held-out images and its parts; write every L_t to terms.csv.
 
-    Returns whether it was interrupted: what was measured until then is printed.
+    Interrupted, it prints what was measured, and then raises KeyboardInterrupt.
     """
     model, process = load_checkpoint(config.ckpt)
     diffusion = Diffusion(**process | {"steps": config.eval_steps}).to(device)
@@ -543,16 +505,14 @@ def evaluate(config, device, autocast):
     exact, calls = config.eval_calls >= diffusion.num_steps, config.eval_calls - 2
 
     def load(rows):
-        x0 = torch.from_numpy(np.asarray(images[rows])).to(device).float() / 127.5 - 1
+        x0 = to_x0(images[rows], device)
         return x0, torch.from_numpy(labels[rows]).to(device) if config.class_cond else None
 
-    weights = torch.ones(diffusion.num_steps, dtype=torch.float64, device=device)
-    found, interrupted = [], False
+    found, done, weights = [], False, torch.ones(diffusion.num_steps, device=device)
     bar = tqdm(range(RANK, n, config.batch * WORLD), "bits/dim", disable=not TTY or RANK > 0)
     with autocast, contextlib.suppress(KeyboardInterrupt):
-        interrupted = True
         torch.manual_seed(config.seed)
-        if not exact:  # the pilot, the same for all processes, costs at most a call an image
+        if not exact:  # a pilot, the same for all processes, of at most one call an image
             p = diffusion.pilot(model, *load(rows[:: max(1, n // 16)][: max(1, n // 32)]))
             weights[1:] = 1 / (calls * p[1:])
         torch.manual_seed(generator(config.seed, RANK).initial_seed())
@@ -565,53 +525,50 @@ def evaluate(config, device, autocast):
                 terms, t, prior = diffusion.bits_per_dim_draws(model, x0, p, calls, y)
             found.append((terms, t, prior))
             terms, t, prior = map(torch.cat, zip(*found))
-            bar.set_postfix_str(f"{(terms.sum(1) + prior).mean():.3f} ± {estimate_error(terms):.3f}")
-        interrupted = False
+            total, error = (terms.sum(1) + prior).mean(), estimate_error(terms)
+            bar.set_postfix_str(f"{total:.3f}" if exact else f"{total:.3f} ± {error:.3f}")
+        done = True
     if not found:
         raise KeyboardInterrupt
-    terms, t = (gather(values.flatten()).view(-1, terms.shape[1]).cpu() for values in (terms, t))
+    terms, t = (gather(value.flatten()).view(-1, terms.shape[1]).cpu() for value in (terms, t))
     prior, weights = gather(prior).cpu(), weights.cpu()
-    if RANK > 0:
-        return interrupted
     total = terms.sum(1) + prior
-    error = "" if exact else f" ± {estimate_error(terms):.4f} (error of the estimate)"
-    L_0, L_T = terms[t == 0].mean(), prior.mean()
-    print(f"bits/dim {total.mean():.4f}{error} on {len(total)} images")
-    print(f"as a sample of images ± {total.std() / len(total) ** 0.5:.4f}")
-    print(f"L_0 {L_0:.4f}, KLs {total.mean() - L_0 - L_T:.4f}, L_T {L_T:.6f}")
-    path = os.path.join(os.path.dirname(config.ckpt), "terms.csv")
-    t, terms = t.flatten(), (terms / weights[t]).flatten().double()
-    number = torch.bincount(t, minlength=diffusion.num_steps)
-    mean = torch.bincount(t, terms, diffusion.num_steps) / number
-    error = ((torch.bincount(t, terms**2, diffusion.num_steps) / number - mean**2) / number).sqrt()
-    with open(path, "w") as file:
-        file.write("t,bits_per_dim,standard_error,images\n")
-        for row in zip(range(len(mean)), mean.tolist(), error.tolist(), number.tolist()):
-            if row[3]:
-                file.write("{},{:.6g},{:.3g},{}\n".format(*row))
-    say(f"wrote {path}")
-    return interrupted
+    if RANK == 0:
+        L_0, L_T, error = terms[t == 0].mean(), prior.mean(), estimate_error(terms)
+        error = "every term computed" if exact else f"± {error:.4f} by the choice of t and noise"
+        print(f"bits/dim {total.mean():.4f} on {len(total)} images, {error},"
+              f" ± {total.std() / len(total) ** 0.5:.4f} with that of images")  # fmt: skip
+        print(f"L_0 {L_0:.4f}, KLs {total.mean() - L_0 - L_T:.4f}, L_T {L_T:.6f}")
+        t, L_t = t.flatten(), (terms / weights[t]).flatten().double()
+        number, first, second = (torch.bincount(t, L_t**k) for k in range(3))
+        error = ((second / number - (first / number) ** 2) / number).clamp(min=0).sqrt()
+        path = os.path.join(os.path.dirname(config.ckpt), "terms.csv")
+        with open(path, "w") as file:
+            file.write("t,bits_per_dim,standard_error,images\n")
+            for i in number.nonzero().flatten().tolist():
+                mean = first[i] / number[i]
+                file.write(f"{i},{mean:.6g},{error[i]:.3g},{number[i]:.0f}\n")
+        say(f"wrote {path}")
+    if not done:
+        raise KeyboardInterrupt
 
 
 def main():
     config, state = configure(sys.argv[1:])
     say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
     device = pick_device(config.device)
+    autocast = pick_autocast(config.dtype, device)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.use_deterministic_algorithms(True, warn_only=True)  # for resuming to the bit
     torch.utils.deterministic.fill_uninitialized_memory = False
-    dtype = pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     if config.eval_only:
-        if evaluate(config, device, autocast):
-            raise KeyboardInterrupt
-        return
+        return evaluate(config, device, autocast)
     if config.batch < WORLD * config.accum:
-        fail(f"--batch {config.batch} is less than an image for each of {WORLD} processes ×"
-             f" {config.accum} parts (--accum)", 2)  # fmt: skip
+        fail(f"--batch {config.batch} is no image for each of {WORLD} processes × {config.accum}"
+             " parts (--accum)", 2)  # fmt: skip
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     with open(os.path.join(config.out, ".lock"), "w") as lock:
         try:
