@@ -144,7 +144,9 @@ def parse(argv):
             low, high = LIMITS.get(name, (0, 1) if isinstance(value, float) else (1, 10**9))
             if isinstance(value, int | float) and not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
-    return vars(flags.parse_args([])), given
+    defaults = vars(flags.parse_args([]))
+    del defaults["help"]
+    return defaults, given
 
 
 def configure(argv):
