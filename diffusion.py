@@ -338,8 +338,11 @@ class Diffusion:
                 std = torch.exp(0.5 * log_variance)
             x = mean
             if i > 0 and (method == "ancestral" or eta > 0):  # the last step adds no noise
-                for row, generator in zip(z, generators or [None] * len(z)):
-                    row.normal_(generator=generator)
+                if generators is None:
+                    z.normal_()
+                else:
+                    for row, generator in zip(z, generators):
+                        row.normal_(generator=generator)
                 x = torch.addcmul(mean, std, z)
             yield i, x, x0_hat
 

@@ -4,6 +4,7 @@ Layers stand in the order, and have the shapes, of openai/improved-diffusion, wh
 load into this class (see load_checkpoint). The network knows nothing of schedules or data.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -243,9 +244,10 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
-        if os.path.exists(temporary):
-            os.remove(temporary)
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 def read_checkpoint(path):
@@ -296,9 +298,12 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
     """
     state = read_checkpoint(path)
     if "format" in state:
-        model = UNet(UNetConfig(**state["unet"]))
-        model.load_state_dict(state["ema"])
-        return model.eval(), state["diffusion"]
+        try:
+            model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
+            model.load_state_dict(state["ema"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no network of this code's") from error
+        return model.eval(), process
     for theirs, ours in OPENAI_NAMES.items():
         state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
     known = OPENAI_FILES.get(os.path.basename(path))

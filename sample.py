@@ -4,7 +4,7 @@
     python sample.py --class 7 --steps 20          class 7 alone, in few steps
     python sample.py --method ddim --steps 50      DDIM
     python sample.py --n 16 --out denoising.gif    the way there
-    torchrun --nproc-per-node 8 sample.py --n 50000 --out DIR    or X.npz: for FID; DIR can go on
+    torchrun --nproc-per-node 8 -- sample.py --n 50000 --out DIR    or X.npz; DIR can go on
 
 Image i of a seed is the same whatever the batch and the number of processes.
 """
@@ -42,7 +42,7 @@ def fail(message, status=1):
 def parse(argv):
     flags = argparse.ArgumentParser(
         usage="[torchrun] sample.py [flags]",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 30, 30, 100),
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 26, 100),
     )
     flags.error = lambda message: fail(message, 2)
     add = flags.add_argument
@@ -196,8 +196,8 @@ def main():
                 write_png(files[i], Image.fromarray(image), about)
     bar.close()
     if WORLD > 1:
-        dist.barrier()
-        dist.reduce(images, 0)
+        dist.all_reduce(images)
+        dist.destroy_process_group()
     if RANK > 0:
         return
     if kind == ".png":

@@ -82,7 +82,7 @@ def parse(argv):
     """-> the defaults for the --data in argv, and the flags that argv gives: two dicts."""
     flags = argparse.ArgumentParser(
         usage="[torchrun] train.py [--data digits|cifar10|DIR] [flags]", add_help=False,
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 30, 30, 100),
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 26, 100),
     )  # fmt: skip
     flags.error = lambda message: fail(message, 2)
     switch = argparse.BooleanOptionalAction
@@ -142,7 +142,7 @@ def parse(argv):
     for name, values in given.items():
         for value in values if isinstance(values, tuple) else (values,):
             low, high = LIMITS.get(name, (0, 1) if isinstance(value, float) else (1, 10**9))
-            if isinstance(value, int | float) and not low <= value <= high:
+            if type(value) in (int, float) and not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
     defaults = vars(flags.parse_args([]))
     del defaults["help"]
