@@ -77,7 +77,7 @@ class Diffusion:
     schedule    "linear", "cosine", or betas (a tensor or list, each in (0, 1)), which then set T
     T           number of steps of the process that the network is trained on
     variance    of p: "learned" (eq. 15), "small" (β̃) or "large" (β)
-    steps       run only this many of the T timesteps, evenly spaced, both ends included (an int), or
+    steps       run only this many of the T timesteps, evenly spaced with both ends (an int), or
                 just the listed ones: the same process with the betas of eq. 19. None: all of them
     time_scale  the network sees t·time_scale; None: 1000/T, so that it need not know T
 

@@ -1,7 +1,7 @@
-"""The network of Improved DDPM: a UNet from (x_t, t, y) to the noise in x_t and, if wanted, its variance.
+"""The network of Improved DDPM: a UNet from (x_t, t, y) to the noise in x_t and its variance.
 
-Layers stand in the order, and have the shapes, of openai/improved-diffusion, whose published weights
-load into this class (see load_checkpoint). The network knows nothing of schedules or data.
+Layers have the order and shapes of openai/improved-diffusion's, whose published weights load here
+(see load_checkpoint). The network knows nothing of schedules or data.
 """
 
 import contextlib
@@ -38,21 +38,20 @@ class UNetConfig:
         self.attention_resolutions = tuple(self.attention_resolutions)
         sizes = [self.image_size >> level for level in range(len(self.channel_mult))]
         if self.image_size != sizes[-1] << len(sizes) - 1:
-            raise ValueError(f"image size {self.image_size}: no multiple of {2 ** (len(sizes) - 1)}")
-        for size in self.attention_resolutions:
-            if size not in sizes:
-                raise ValueError(f"no attention at resolution {size}: the network has {sizes}")
+            raise ValueError(f"image size {self.image_size}: no multiple of {2 ** len(sizes) // 2}")
+        if unknown := set(self.attention_resolutions) - set(sizes):
+            raise ValueError(f"no attention at resolution {unknown.pop()}: there are {sizes}")
         for size, mult in zip(sizes, self.channel_mult):
-            attends = size in self.attention_resolutions or size == sizes[-1]
+            attends = size in (*self.attention_resolutions, sizes[-1])
             if attends and self.channels * mult % self.num_heads:
-                raise ValueError(f"{self.num_heads} heads do not divide {self.channels * mult} channels")
+                raise ValueError(f"{self.num_heads} heads for {self.channels * mult} channels")
 
 
 def group_norm(channels):
     """The paper's GroupNorm(32), or with the most groups below 32 that divide the channels."""
     groups = max(g for g in range(1, 33) if channels % g == 0)
     if groups < 4:
-        raise ValueError(f"no 4 … 32 groups to norm divide {channels} channels: take a multiple of 8")
+        raise ValueError(f"{channels} channels have no 4 … 32 groups to norm: use a multiple of 8")
     return nn.GroupNorm(groups, channels)
 
 
@@ -140,50 +139,37 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c, emb_channels = config, 4 * config.channels
+        c, emb = config, 4 * config.channels
 
-        def res(in_channels, out_channels):
-            return ResBlock(in_channels, out_channels, emb_channels, c.dropout, c.scale_shift_norm)
+        def stage(in_channels, out_channels, size, *more):
+            layers = [ResBlock(in_channels, out_channels, emb, c.dropout, c.scale_shift_norm)]
+            if size in c.attention_resolutions:
+                layers.append(Attention(out_channels, c.num_heads))
+            return Stage(*layers, *more)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(c.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if c.num_classes is not None:
-            self.label_emb = nn.Embedding(c.num_classes, emb_channels)
-
-        size, ch = c.image_size, c.channels
-        self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, ch, 3, padding=1))])
-        skips = [ch]  # channels of each output on the way down, to be joined on the way up
+            self.label_emb = nn.Embedding(c.num_classes, emb)
+        self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, c.channels, 3, padding=1))])
+        skips = [c.channels]  # channels of each output on the way down, to be joined on the way up
         for level, mult in enumerate(c.channel_mult):
             if level > 0:
-                self.down.append(Stage(nn.Conv2d(ch, ch, 3, stride=2, padding=1)))
-                skips.append(ch)
-                size //= 2
+                self.down.append(Stage(nn.Conv2d(skips[-1], skips[-1], 3, stride=2, padding=1)))
+                skips.append(skips[-1])
             for _ in range(c.num_res_blocks):
-                stage = [res(ch, mult * c.channels)]
-                ch = mult * c.channels
-                if size in c.attention_resolutions:
-                    stage.append(Attention(ch, c.num_heads))
-                self.down.append(Stage(*stage))
-                skips.append(ch)
-
-        self.middle = Stage(res(ch, ch), Attention(ch, c.num_heads), res(ch, ch))
-
+                self.down.append(stage(skips[-1], mult * c.channels, c.image_size >> level))
+                skips.append(mult * c.channels)
+        ch = skips[-1]
+        self.middle = Stage(*stage(ch, ch, None), Attention(ch, c.num_heads), *stage(ch, ch, None))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             for i in range(c.num_res_blocks + 1):
-                stage = [res(ch + skips.pop(), mult * c.channels)]
-                ch = mult * c.channels
-                if size in c.attention_resolutions:
-                    stage.append(Attention(ch, c.num_heads))
-                if level > 0 and i == c.num_res_blocks:
-                    stage.append(Upsample(ch, ch, 3, padding=1))
-                    size *= 2
-                self.up.append(Stage(*stage))
-
-        self.out = nn.Sequential(
-            group_norm(ch), nn.SiLU(), zeros(nn.Conv2d(ch, c.out_channels, 3, padding=1))
-        )
+                width, ends = mult * c.channels, level > 0 and i == c.num_res_blocks
+                more = [Upsample(width, width, 3, padding=1)] if ends else []
+                self.up.append(stage(ch + skips.pop(), width, c.image_size >> level, *more))
+                ch = width
+        last = zeros(nn.Conv2d(ch, c.out_channels, 3, padding=1))
+        self.out = nn.Sequential(group_norm(ch), nn.SiLU(), last)
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in
 
     def forward(self, x, t, y=None):
@@ -232,10 +218,7 @@ OPENAI_FILES = {
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values so that `path` is a whole file at any moment.
-
-    Raises OSError; `path` is then what it was.
-    """
+    """Write a dict of tensors and plain values; `path` is whole at any moment. Or OSError."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -257,8 +240,8 @@ def read_checkpoint(path):
             if archive.testzip():
                 raise ValueError(f"{path} is damaged: a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from e
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no checkpoint, but a {type(state).__name__}")
     if state.get("format", 0) > FORMAT:
@@ -268,42 +251,39 @@ def read_checkpoint(path):
 
 def openai_config(state, num_heads):
     """The UNetConfig of improved-diffusion's tensors, under our names."""
-    channels = len(state["down.0.0.weight"])
-    widths, attention, stage = [[]], set(), 1
+    channels, levels, attention, stage = len(state["down.0.0.weight"]), [[]], [], 1
     while any(name.startswith(f"down.{stage}.") for name in state):
         if f"down.{stage}.0.conv1.weight" in state:
-            widths[-1].append(len(state[f"down.{stage}.0.conv1.weight"]) // channels)
+            levels[-1].append(len(state[f"down.{stage}.0.conv1.weight"]) // channels)
         else:
-            widths.append([])
-        if f"down.{stage}.1.qkv.weight" in state:
-            attention.add(len(widths) - 1)
+            levels.append([])
+        attention += [len(levels) - 1] if f"down.{stage}.1.qkv.weight" in state else []
         stage += 1
-    mult = tuple(level[0] for level in widths)
+    mult = tuple(level[0] for level in levels)
     size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
     return UNetConfig(
         image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
-        channel_mult=mult, num_res_blocks=len(widths[0]), dropout=0.0, num_heads=num_heads,
-        attention_resolutions=[size >> level for level in sorted(attention)],
+        channel_mult=mult, num_res_blocks=len(levels[0]), dropout=0.0, num_heads=num_heads,
+        attention_resolutions=list(dict.fromkeys(size >> level for level in attention)),
         num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
-        scale_shift_norm=len(state["down.1.0.emb.weight"]) == 2 * len(state["down.1.0.norm2.weight"]),
+        scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
     )  # fmt: skip
 
 
 def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
     """UNet with the EMA weights, in eval mode, and Diffusion's arguments, from a file alone.
 
-    path is a checkpoint of ours or one that openai/improved-diffusion released. The arguments after
-    it are for other files of its kind (plain state dicts), which don't hold them.
-    Raises ValueError if the file is damaged, foreign or newer than this code; OSError.
+    The file is ours or one that openai/improved-diffusion released; other plain state dicts of its
+    UNet need the arguments after path. Raises OSError, or ValueError if it is damaged or foreign.
     """
     state = read_checkpoint(path)
     if "format" in state:
         try:
             model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
             model.load_state_dict(state["ema"])
+            return model.eval(), process
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no network of this code's") from error
-        return model.eval(), process
     for theirs, ours in OPENAI_NAMES.items():
         state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
     known = OPENAI_FILES.get(os.path.basename(path))
@@ -324,17 +304,16 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
 # ---- Devices -----------------------------------------------------------------------------------
 
 
-def pick_device(name):
-    """ "auto" -> the best device here, this process's own under torchrun; else the named one."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(name, dtype):
+    """Device and autocast for auto|cpu|cuda|mps and auto|fp32|bf16. Raises ValueError.
 
-
-def pick_autocast(name, device):
-    """Autocast to bf16, or to nothing for "fp32"; "auto": to bf16 on GPUs that compute in it."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
+    "auto" is the best device, under torchrun this process's own, and bf16 where a GPU has it.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    name = ("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name
+    if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
+        raise ValueError(f"--device {name}: there is none here")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    native = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    bf16 = dtype == "bf16" or (dtype == "auto" and native)
+    return device, torch.autocast(name, torch.bfloat16, enabled=bf16)

@@ -10,6 +10,7 @@ Image i of a seed is the same whatever the batch and the number of processes.
 """
 
 import argparse
+import contextlib
 import glob
 import math
 import os
@@ -23,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from diffusion import Diffusion, generator
-from model import load_checkpoint, pick_autocast, pick_device
+from model import load_checkpoint, pick_device
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TTY = sys.stderr.isatty()
@@ -64,8 +65,8 @@ def parse(argv):
     add("--num-heads", type=int, default=4, metavar="N", help="heads of attention")
     args = flags.parse_args(argv)
     for name, low, high in (
-        ("n", 1, 10**8), ("steps", 1, 10**6), ("eta", 0, 1), ("seed", 0, 2**32 - 1), ("label", 0, 10**6),
-        ("batch", 1, 10**6), ("T", 2, 10**6), ("time_scale", 0, 1e6), ("num_heads", 1, 10**4),
+        ("n", 1, 10**8), ("steps", 1, 10**6), ("eta", 0, 1), ("seed", 0, 2**32 - 1),
+        ("label", 0, 10**6), ("batch", 1, 10**6), ("T", 2, 10**6), ("time_scale", 0, 1e6), ("num_heads", 1, 10**4),
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -114,26 +115,25 @@ def write(path, save):
             save(file)
         os.replace(path + ".tmp", path)
     finally:
-        if os.path.exists(path + ".tmp"):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
 
 
 def write_png(path, image, about):
     info = PngInfo()
     for key, value in about.items():
-        info.add_text(key, str(value))
+        info.add_text(key, value)
     write(path, lambda file: image.save(file, "png", pnginfo=info))
 
 
 def is_done(path, about):
     """Whether an earlier call drew this file. Fails if it did so with other settings."""
-    if not os.path.exists(path):
-        return False
-    with Image.open(path) as image:
-        differs = [key for key in about if image.info.get(key) != str(about[key])]
-    if differs:
-        fail(f"{path} was drawn with another {differs[0]}: take another --out")
-    return True
+    if os.path.exists(path):
+        with Image.open(path) as image:
+            for key, value in about.items():
+                if image.info.get(key) != value:
+                    fail(f"{path} was drawn with another {key}: take another --out")
+    return os.path.exists(path)
 
 
 def main():
@@ -148,15 +148,12 @@ def main():
     if kind in (".png", ".gif") and args.n > 4096:
         fail(f"--n {args.n} is too much for a picture: take --out X.npz or a folder", 2)
     path = find_checkpoint(args.ckpt)
-    model, process = load_checkpoint(
-        path, args.schedule, args.T, args.time_scale, args.num_heads
-    )  # fmt: skip
-    steps, classes, size = args.steps, model.config.num_classes, model.config.image_size
+    model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
+    classes, size = model.config.num_classes, model.config.image_size
     steps = args.steps or min(250, process["T"])
     if args.label is not None and args.label >= (classes or 0):
         fail(f"--class {args.label}: the network has {classes or 'no'} classes, from 0", 2)
-    device = pick_device(args.device)
-    autocast = pick_autocast(args.dtype, device)
+    device, autocast = pick_device(args.device, args.dtype)
     diffusion = Diffusion(**process | {"steps": steps}).to(device)
     model.to(device)
     say(f"{path}: {args.n} images in {steps} steps on {device}")
@@ -164,10 +161,9 @@ def main():
         dist.init_process_group("gloo")  # for finished images; drawing them needs no exchange
 
     labels = torch.arange(args.n) % (classes or 1)
-    if args.label is not None:
-        labels.fill_(args.label)
-    about = {"checkpoint": path, "seed": args.seed, "steps": steps, "method": args.method}
-    about |= {"eta": args.eta, "class": args.label}
+    labels = labels if args.label is None else torch.full_like(labels, args.label)
+    about = dict(checkpoint=path, seed=args.seed, steps=steps, method=args.method, eta=args.eta)
+    about = {key: str(value) for key, value in (about | {"class": args.label}).items()}
     todo = list(range(args.n))
     files = [os.path.join(args.out, f"{i:06}.png") for i in todo]
     if not kind:

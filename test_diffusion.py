@@ -218,7 +218,11 @@ def test_learned_variance_lies_between_small_and_large():
     learned, small, large = (Diffusion("linear", 100, v) for v in ("learned", "small", "large"))
     beta, alphas_bar = linear_betas(100)[t], learned.alphas_bar
     tilde = beta * (1 - alphas_bar[t - 1]) / (1 - alphas_bar[t])
-    for v, log in ((-1, tilde.log()), (1, beta.log()), (0.5, 0.75 * beta.log() + 0.25 * tilde.log())):
+    for v, log in (
+        (-1, tilde.log()),
+        (1, beta.log()),
+        (0.5, 0.75 * beta.log() + 0.25 * tilde.log()),
+    ):
         found = learned.reverse(constant_model(x_t, v + 0 * x_t), x_t, t)[1]
         np.testing.assert_allclose(found[:, 0, 0, 0], log, rtol=1e-9)  # eq. 15
     ignored = constant_model(x_t, 0.3 + 0 * x_t)
@@ -245,7 +249,9 @@ def test_a_network_with_the_wrong_channels_is_refused():
     x, t = randn(1, 3, 4, 4), torch.tensor([3])
     for variance, channels in (("learned", 3), ("learned", 9), ("small", 4)):
         with pytest.raises(ValueError, match=f"returned {channels} channels"):
-            Diffusion(variance=variance).reverse(lambda x, t, y: x.new_zeros(1, channels, 4, 4), x, t)
+            Diffusion(variance=variance).reverse(
+                lambda x, t, y: x.new_zeros(1, channels, 4, 4), x, t
+            )
 
 
 # ---- Likelihood and losses ---------------------------------------------------------------------
@@ -443,7 +449,8 @@ def test_the_last_step_adds_no_noise(method, eta):
     *_, (_, before, _), (i, x, _) = diffusion.trajectory(toy, noise, None, method, eta)
     assert i == 0
     assert torch.equal(x, diffusion.reverse(toy, before, torch.zeros(2, dtype=torch.int64))[0]) or (
-        method == "ddim" and torch.allclose(x, diffusion.reverse(toy, before, torch.tensor([0, 0]))[2])
+        method == "ddim"
+        and torch.allclose(x, diffusion.reverse(toy, before, torch.tensor([0, 0]))[2])
     )
 
 
@@ -553,7 +560,9 @@ def test_the_papers_cifar10_network_has_52_5_million_parameters():
     assert sum(p.numel() for p in UNet(UNetConfig()).parameters()) == 52_546_438
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale_shift_norm": False, "channels": 64}, {"channels": 24}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"scale_shift_norm": False, "channels": 64}, {"channels": 24}]
+)
 def test_the_network_hears_image_time_and_class(changes):
     model = small_unet(num_classes=10, **changes)
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 500]), torch.tensor([1, 2])
@@ -568,7 +577,9 @@ def test_the_network_hears_image_time_and_class(changes):
 
 
 def test_the_network_starts_at_zero():
-    model = UNet(UNetConfig(image_size=8, channels=16, channel_mult=(1, 2), attention_resolutions=()))
+    model = UNet(
+        UNetConfig(image_size=8, channels=16, channel_mult=(1, 2), attention_resolutions=())
+    )
     assert (model(torch.randn(1, 3, 8, 8), torch.zeros(1)) == 0).all()
 
 
@@ -584,13 +595,17 @@ def test_attention_is_softmax_attention_of_the_published_layout():
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     x = randn(2, C, 3, 3)
-    h = torch.nn.functional.conv1d(layer.norm(x).flatten(2), layer.qkv.weight[:, :, None], layer.qkv.bias)
+    h = torch.nn.functional.conv1d(
+        layer.norm(x).flatten(2), layer.qkv.weight[:, :, None], layer.qkv.bias
+    )
     out = []
     for head in h.chunk(heads, dim=1):  # each head's channels are its q, its k, its v
         q, k, v = head.chunk(3, dim=1)
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / (C // heads) ** 0.5, dim=-1)
         out.append(torch.einsum("bts,bcs->bct", weight, v))
-    h = torch.nn.functional.conv1d(torch.cat(out, 1), layer.proj.weight[:, :, None], layer.proj.bias)
+    h = torch.nn.functional.conv1d(
+        torch.cat(out, 1), layer.proj.weight[:, :, None], layer.proj.bias
+    )
     assert torch.allclose(layer(x), x + h.view_as(x), atol=1e-12)
 
 
@@ -739,13 +754,17 @@ def as_openai_has_it(state):
     ],
 )  # fmt: skip
 def test_released_files_load_by_their_names(tmp_path, file, changes, T, schedule, scale):
-    standard = dict(image_size=32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16, 8), num_heads=4)
+    standard = dict(
+        image_size=32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16, 8), num_heads=4
+    )
     model = small_unet(**standard | changes)
     torch.save(as_openai_has_it(model.state_dict()), tmp_path / file)
     loaded, process = load_checkpoint(tmp_path / file)
     assert loaded.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
-    assert process["T"] == T and process["schedule"] == schedule and process["variance"] == "learned"
+    assert (
+        process["T"] == T and process["schedule"] == schedule and process["variance"] == "learned"
+    )
     assert Diffusion(**process).times[-1] == (T - 1) * scale
 
 
@@ -910,6 +929,20 @@ def test_a_finished_run_is_left_as_it_is(trained, here):
     assert open(trained, "rb").read() == before
 
 
+def test_samples_come_from_weights_averaged_over_the_run(here):
+    flags = [*TINY, "--lr", 0.01, "--warmup", 1, "--ema", 0.15, "--out", "run"]
+    average = None
+    for step in range(1, 4):
+        assert script("train.py", *flags, "--steps", step) == 0
+        state = read_checkpoint("run/ckpt.pt")
+        if average is not None:
+            decay = min(0.15, step / (9 + step))  # a ramp at first, then --ema
+            for name, weights in state["model"].items():
+                mean = decay * average[name] + (1 - decay) * weights
+                assert torch.allclose(state["ema"][name], mean, atol=1e-6)
+        average = state["ema"]
+
+
 def test_init_starts_from_the_weights_and_shape_of_a_file(trained, here):
     flags = TINY[:2] + ["--T", 20, "--lr", 0, "--ema", 0, "--steps", 1, "--init", trained]
     assert script("train.py", *flags, "--batch", 8, "--out", "run") == 0
@@ -926,7 +959,9 @@ def test_init_starts_from_the_weights_and_shape_of_a_file(trained, here):
     ],
 )
 def test_other_ways_to_train(here, flags, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda net: torch._dynamo.optimize("eager", nopython=True)(net))
+    monkeypatch.setattr(
+        torch, "compile", lambda net: torch._dynamo.optimize("eager", nopython=True)(net)
+    )
     assert script("train.py", *TINY, *flags.split(), "--steps", 2, "--out", "run") == 0
     assert script("sample.py", "--ckpt", "run", "--n", 1, "--steps", 2) == 0
 
@@ -960,7 +995,9 @@ def test_a_step_without_finite_gradient_is_skipped_and_counted(here, monkeypatch
     bad = set(range(1000))
     with pytest.raises(SystemExit):  # rather than compute nothing for ever
         run("hopeless", 1000)
-    assert not os.path.exists("hopeless/ckpt.pt") or read_checkpoint("hopeless/ckpt.pt")["step"] < 150
+    assert (
+        not os.path.exists("hopeless/ckpt.pt") or read_checkpoint("hopeless/ckpt.pt")["step"] < 150
+    )
 
 
 def test_a_full_disk_costs_no_checkpoint(here, monkeypatch, capsys):
@@ -1019,7 +1056,10 @@ def test_a_folder_of_any_images_becomes_one_array(here, capsys, monkeypatch):
     open("pets/dogs/empty.jpg", "wb").close()
     config = argparse.Namespace(data="pets", image_size=8, class_cond=True, seed=0)
     images, labels, classes = train.load_data(config)
-    assert "left out 2 of 11 images, which are broken: cats/cut.png, dogs/empty.jpg" in capsys.readouterr().err
+    assert (
+        "left out 2 of 11 images, which are broken: cats/cut.png, dogs/empty.jpg"
+        in capsys.readouterr().err
+    )
     paths = json.load(open(glob.glob("data/cache/pets-8-*/paths.json")[0]))
     assert classes == 2 and labels.tolist() == [int(path.startswith("dogs")) for path in paths]
     found = {os.path.basename(path): image for path, image in zip(paths, images)}
@@ -1057,7 +1097,10 @@ def stand_in_cifar10(root, patch):
     os.makedirs(folder)
     sums = {}
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-        batch = {"data": rng.integers(256, size=(6, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3, 4, 9]}
+        batch = {
+            "data": rng.integers(256, size=(6, 3072), dtype=np.uint8),
+            "labels": [0, 1, 2, 3, 4, 9],
+        }
         names = {"label_names": [str(i) for i in range(10)]}
         with open(f"{folder}/{name}", "wb") as file:
             pickle.dump(names if name == "batches.meta" else batch, file)
@@ -1103,7 +1146,7 @@ def test_eval_measures_the_same_exactly_and_cheaply(trained, here, capsys):
     exact, cheap, strided = totals
     assert abs(exact - cheap) < 0.05 and strided > exact
     rows = [row.split(",") for row in open(trained.parent / "terms.csv")]
-    assert rows[0] == ["t", "bits_per_dim", "standard_error", "images\n"] and len(rows) == 6
+    assert rows[0] == ["t", "bits_per_dim", "images\n"] and len(rows) == 6
 
 
 def test_eval_is_shared_out_among_processes(trained, here):
@@ -1180,7 +1223,7 @@ BAD_TRAIN = """
     --steps=0 --steps=-1 --steps=x --steps=1e3 --batch=0 --batch=-4 --batch=x --accum=0 --accum=x
     --image-size=0 --image-size=x --image-size=-8 --image-size=15 --objective=mse --objective=
     --schedule=sigmoid --T=1 --T=0 --T=x --T=999999999 --variance=fixed --t-sampler=best
-    --channels=0 --channels=-1 --channels=x --channels=7 --channels=37 --channel-mult=0
+    --channels=0 --channels=-1 --channels=x --channels=7 --channels=37 --device=cuda --device=mps --channel-mult=0
     --channel-mult=1,,2 --channel-mult=x --channel-mult=1,-2 --num-res-blocks=0 --num-res-blocks=x
     --attention=5 --attention=x --attention=16,8,64 --num-heads=0 --num-heads=3 --num-heads=x
     --dropout=-0.1 --dropout=1 --dropout=x --dropout=nan --lr=-1 --lr=x --lr=nan --lr=2
@@ -1196,11 +1239,13 @@ BAD_SAMPLE = """
     --n=0 --n=-1 --n=x --n=99999 --steps=0 --steps=21 --steps=x --method=euler --eta=1 --seed=-1
     --eta=2|--method=ddim --eta=x --class=10 --class=-1 --class=x --seed=x --batch=0 --batch=x
     --out=x.jpg --out=folder.png --out=nowhere/x.png --out=file/x --ckpt=nowhere --ckpt=file
-    --ckpt=. --device=gpu --dtype=fp16 --T=1 --num-heads=0 --schedule=x --unknown
+    --ckpt=. --device=cuda --device=gpu --dtype=fp16 --T=1 --num-heads=0 --schedule=x --unknown
 """.split()
 
 
-@pytest.mark.parametrize("name, flags", [("train.py", f) for f in BAD_TRAIN] + [("sample.py", f) for f in BAD_SAMPLE])
+@pytest.mark.parametrize(
+    "name, flags", [("train.py", f) for f in BAD_TRAIN] + [("sample.py", f) for f in BAD_SAMPLE]
+)
 def test_wrong_input_ends_in_one_line(name, flags, trained, here, capsys):
     open("file", "w").write("no checkpoint")
     os.mkdir("folder.png")

@@ -38,8 +38,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from diffusion import Diffusion, estimate_error, generator
-from model import UNet, UNetConfig, load_checkpoint, pick_autocast, pick_device, read_checkpoint
-from model import save_checkpoint
+from model import (
+    UNet, UNetConfig, load_checkpoint, pick_device, read_checkpoint, save_checkpoint,
+)  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -392,6 +393,8 @@ def train(config, state, device, autocast):
             part.load_state_dict(state[name])
         start, before, rows = state["step"], state["seconds"], state["log"]
         sums += state["sums"].to(device) * (RANK == 0)
+    if (gather(torch.tensor([start])) != start).any():
+        fail("not all processes see the same checkpoint: nodes must share the storage of --out")
     net = torch.compile(model) if config.compile else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -405,13 +408,14 @@ def train(config, state, device, autocast):
         stopping = stop.clone()
         if WORLD > 1:
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # on the CPU: the device does not wait
-        stopping, last, new, now = int(stopping), step == config.steps, step > start, time.monotonic()
+        stopping, last, new = int(stopping), step == config.steps, step > start
         logs = new and (last or step % config.log_every == 0)
         saves = new and (last or stopping or step % config.save_every == 0)
         if WORLD > 1 and (logs or saves):
             dist.all_reduce(sums)
             sums *= RANK == 0
         if logs:
+            now = time.monotonic()
             loss, bits, norm, good, bad = sums.tolist()
             loss, bits, norm = (value / max(good, 1) for value in (loss, bits, norm))
             bits += diffusion.prior(x0).mean().item()
@@ -541,15 +545,13 @@ def evaluate(config, device, autocast):
         print(f"bits/dim {total.mean():.4f} on {len(total)} images, {error},"
               f" ± {total.std() / len(total) ** 0.5:.4f} with that of images")  # fmt: skip
         print(f"L_0 {L_0:.4f}, KLs {total.mean() - L_0 - L_T:.4f}, L_T {L_T:.6f}")
-        t, L_t = t.flatten(), (terms / weights[t]).flatten().double()
-        number, first, second = (torch.bincount(t, L_t**k) for k in range(3))
-        error = ((second / number - (first / number) ** 2) / number).clamp(min=0).sqrt()
         path = os.path.join(os.path.dirname(config.ckpt), "terms.csv")
+        t, L_t = t.flatten(), (terms / weights[t]).flatten()
+        number, sums = torch.bincount(t), torch.bincount(t, L_t)
         with open(path, "w") as file:
-            file.write("t,bits_per_dim,standard_error,images\n")
+            file.write("t,bits_per_dim,images\n")
             for i in number.nonzero().flatten().tolist():
-                mean = first[i] / number[i]
-                file.write(f"{i},{mean:.6g},{error[i]:.3g},{number[i]:.0f}\n")
+                file.write(f"{i},{sums[i] / number[i]:.6g},{number[i]}\n")
         say(f"wrote {path}")
     if not done:
         raise KeyboardInterrupt
@@ -558,8 +560,7 @@ def evaluate(config, device, autocast):
 def main():
     config, state = configure(sys.argv[1:])
     say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
-    device = pick_device(config.device)
-    autocast = pick_autocast(config.dtype, device)
+    device, autocast = pick_device(config.device, config.dtype)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
