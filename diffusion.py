@@ -68,6 +68,11 @@ def generator(seed, index, device="cpu"):
     return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32)
 
 
+def randn(shape, generators):
+    """Normal noise (N, *shape), that of each image from its own generator, on their device."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
 # ---- The process -------------------------------------------------------------------------------
 
 
@@ -246,64 +251,56 @@ class Diffusion:
         return loss, vlb.detach()
 
     @torch.no_grad()
-    def bits_per_dim(self, model, x0, y=None, progress=False):
-        """The whole bound: every L_t of every image, num_steps calls of the model.
+    def bits_per_dim(self, model, x0, y=None, p=None, calls=None, progress=False):
+        """The variational bound of images, exactly or estimated from a few calls of the model.
 
         x0 (N, C, H, W) -> total (N,), terms (N, num_steps), prior (N,); total = Σ terms + prior.
+        p None      every L_t: num_steps calls of the model
+        p, calls    an unbiased estimate of the total from 1 + calls of them: L_0, and `calls`
+                    timesteps drawn from p (num_steps,), see pilot; the terms not drawn are NaN.
+                    Each image has one t in each of `calls` equal parts of p's mass, and within
+                    a part the N images have one in each of N
         """
-        terms = x0.new_empty(len(x0), self.num_steps)
-        for i in tqdm(range(self.num_steps)[::-1], "bits/dim", disable=not progress, leave=False):
-            t = torch.full(x0.shape[:1], i, device=x0.device)
+        N, device = len(x0), x0.device
+        times = torch.arange(self.num_steps, device=device)[:, None].expand(-1, N)
+        weights = torch.ones(self.num_steps, device=device)
+        if p is not None:
+            place = torch.rand(calls, N, device=device)
+            place += torch.rand(calls, N, device=device).argsort(1)  # one in each of 0 … N-1
+            place = (torch.arange(calls, device=device)[:, None] + place / N) / calls
+            drawn = torch.searchsorted(p.cumsum(0), place.to(p.dtype) * p.sum(), right=True)
+            times = torch.cat([times[:1], drawn.clamp(1, self.num_steps - 1)])
+            weights[1:] /= calls * p[1:]
+        total = prior = self.prior(x0)
+        terms = x0.new_full((N, self.num_steps), math.nan)
+        for t in tqdm(times, "bits/dim", disable=not progress, leave=False):
             x_t = self.add_noise(x0, t, torch.randn_like(x0))
-            terms[:, i] = self.vlb_term(model, x0, x_t, t, y)
-        prior = self.prior(x0)
-        return terms.sum(1) + prior, terms, prior
+            L_t = self.vlb_term(model, x0, x_t, t, y)
+            terms.scatter_(1, t[:, None], L_t[:, None])
+            total = total + weights[t] * L_t
+        return total, terms, prior
 
     @torch.no_grad()
     def pilot(self, model, x0, y=None, points=32):
-        """Proposal p (num_steps,) for bits_per_dim_draws: about sqrt(E[L_t²]), 0 at t = 0.
+        """What bits_per_dim draws t from: p (num_steps,) ∝ sqrt(E[L_t²]), 0 at t = 0.
 
-        L_t is measured on the images x0 at `points` timesteps and interpolated between them.
+        L_t is measured on the images x0 at `points` timesteps, its logarithm interpolated.
         """
-        spread = torch.linspace(0, 1, points // 2, dtype=torch.float64)
         last = self.num_steps - 1
+        spread = torch.linspace(0, 1, points // 2, dtype=torch.float64)
         knots = torch.cat([last**spread, 1 + (last - 1) * spread]).round().long().unique()
         rms = []
-        for i in knots:
-            t = torch.full(x0.shape[:1], int(i), device=x0.device)
+        for knot in knots.tolist():
+            t = torch.full(x0.shape[:1], knot, device=x0.device)
             x_t = self.add_noise(x0, t, torch.randn_like(x0))
             rms.append(self.vlb_term(model, x0, x_t, t, y).square().mean().sqrt())
-        log_rms = torch.stack(rms).cpu().double().clamp(min=1e-12).log()
-        steps = torch.arange(1, self.num_steps)
-        right = torch.searchsorted(knots, steps).clamp(min=1)
-        left = right - 1
-        way = (steps - knots[left]) / (knots[right] - knots[left])
-        p = torch.lerp(log_rms[left], log_rms[right], way.double()).exp()
+        height = torch.stack(rms).cpu().double().clamp(min=1e-12).log()
+        t = torch.arange(1, self.num_steps)
+        right = torch.searchsorted(knots, t).clamp(min=1)
+        way = (t - knots[right - 1]) / (knots[right] - knots[right - 1])
+        p = torch.lerp(height[right - 1], height[right], way.double()).exp()
         p = 0.98 * p / p.sum() + 0.02 / last  # no t is so rare that its weight spoils the estimate
         return torch.cat([p.new_zeros(1), p]).to(self.betas)
-
-    @torch.no_grad()
-    def bits_per_dim_draws(self, model, x0, p, calls, y=None):
-        """An unbiased estimate of the bound from calls + 1 calls of the model, not num_steps.
-
-        p (num_steps,) is the proposal for t ≥ 1, from `pilot`; L_0 and L_T are always computed.
-        x0 (N, C, H, W) -> terms (N, calls + 1), first L_0, then L_t / (calls·p_t); t of the terms;
-        prior (N,). As in bits_per_dim, the total is Σ terms + prior. Each image has one t in each
-        of `calls` equal parts of p's mass; within a part, the N images share out N strata.
-        """
-        N, device = len(x0), x0.device
-        cdf = p.cumsum(0) / p.sum()
-        zero = torch.zeros(N, dtype=torch.int64, device=device)
-        x_1 = self.add_noise(x0, zero, torch.randn_like(x0))
-        terms, times = [self.vlb_term(model, x0, x_1, zero, y)], [zero]
-        for j in range(calls):
-            place = torch.randperm(N, device=device) + torch.rand(N, device=device)
-            u = ((j + place / N) / calls).to(cdf.dtype)
-            t = torch.searchsorted(cdf, u, right=True).clamp(1, self.num_steps - 1)
-            x_t = self.add_noise(x0, t, torch.randn_like(x0))
-            terms.append(self.vlb_term(model, x0, x_t, t, y) / (calls * p[t]).to(x0.dtype))
-            times.append(t)
-        return torch.stack(terms, 1), torch.stack(times, 1), self.prior(x0)
 
     # -- Samplers
 
@@ -328,7 +325,7 @@ class Diffusion:
         """
         if method not in ("ancestral", "ddim"):
             raise ValueError(f"method must be ancestral or ddim, not {method!r}")
-        x, z = noise, torch.empty_like(noise)
+        x = noise
         for i in reversed(range(self.num_steps)):
             t = torch.full(x.shape[:1], i, device=x.device)
             mean, log_variance, x0_hat = self.reverse(model, x, t, y, clip)
@@ -338,11 +335,7 @@ class Diffusion:
                 std = torch.exp(0.5 * log_variance)
             x = mean
             if i > 0 and (method == "ancestral" or eta > 0):  # the last step adds no noise
-                if generators is None:
-                    z.normal_()
-                else:
-                    for row, generator in zip(z, generators):
-                        row.normal_(generator=generator)
+                z = randn(x.shape[1:], generators) if generators else torch.randn_like(x)
                 x = torch.addcmul(mean, std, z)
             yield i, x, x0_hat
 
@@ -354,15 +347,3 @@ class Diffusion:
         for _, x, _ in tqdm(steps, "sampling", self.num_steps, disable=not progress, leave=False):
             pass
         return x.clamp(-1, 1)
-
-
-def estimate_error(terms):
-    """Standard error of the mean total of bits_per_dim_draws' terms, over t and noise alone.
-
-    It is that for these very images: what an image, or a part of p's mass, adds to all its draws
-    is no error. L_0 counts as exact.
-    """
-    draws = terms[:, 1:]
-    N, calls = draws.shape
-    rest = draws - draws.mean(0) - draws.mean(1, keepdim=True) + draws.mean()
-    return (rest.square().sum() / max((N - 1) * (calls - 1), 1) * calls / N).sqrt()

@@ -12,12 +12,10 @@ The same command again goes on from the last checkpoint, on any number of proces
 import argparse
 import contextlib
 import copy
-import dataclasses
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -37,10 +35,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffusion import Diffusion, estimate_error, generator
-from model import (
-    UNet, UNetConfig, load_checkpoint, pick_device, read_checkpoint, save_checkpoint,
-)  # fmt: skip
+from diffusion import Diffusion, generator, randn
+from model import UNet, UNetConfig, load_checkpoint, pick_device, read_checkpoint, save_checkpoint
 from sampler import T_SAMPLERS, gather
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -62,25 +58,26 @@ def fail(message, status=1):
 # The flags' own defaults are the paper's CIFAR-10 run. What other data change:
 DIGITS = dict(
     image_size=16, class_cond=True, flip=False, T=1000, channels=32, channel_mult=(1, 2, 2),
-    num_res_blocks=1, attention=(8,), dropout=0.0, steps=1200, batch=64, lr=1e-3, warmup=100,
-    ema=0.995, log_every=20, sample_every=400, save_every=200,
+    num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200, batch=64, lr=1e-3,
+    warmup=100, ema=0.995, log_every=40, sample_every=400, save_every=200,
 )  # fmt: skip
 FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
-NETWORK = "image_size channels channel_mult num_res_blocks num_heads dropout".split()
+NETWORK = "image_size channels channel_mult num_res_blocks attention_resolutions num_heads".split()
+PROCESS = "schedule T variance time_scale".split()
 # What may differ when a run goes on: where, how long and how fast it computes, not what.
 FREE = "steps accum device dtype compile log_every sample_every save_every out init".split()
 # Numbers are at least 1 if whole, 0 … 1 if not, but for these.
 LIMITS = dict(T=(2, 10**5), seed=(0, 2**32 - 1), warmup=(0, 10**9), grad_clip=(0, 1e9),
-              dropout=(0, 0.99), eval_calls=(4, 10**6))  # fmt: skip
+              dropout=(0, 0.99), eval_calls=(5, 10**6))  # fmt: skip
 
 
 def integers(text):
     return tuple(int(part) for part in text.split(",") if part != "none")
 
 
-def parse(argv):
-    """-> the defaults for the --data in argv, and the flags that argv gives: two dicts."""
+def configure(argv):
+    """-> the configuration (a Namespace), and what to start from: a checkpoint's dict or {}."""
     flags = argparse.ArgumentParser(
         usage="[torchrun] train.py [--data digits|cifar10|DIR] [flags]", add_help=False,
         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 26, 100),
@@ -102,7 +99,8 @@ def parse(argv):
     add("--channels", type=int, default=128, metavar="N", help="width at the full resolution")
     add("--channel-mult", type=integers, default=(1, 2, 2, 2), metavar="N,N", help="× --channels")
     add("--num-res-blocks", type=int, default=3, metavar="N", help="blocks at each resolution")
-    add("--attention", type=integers, default=(16, 8), metavar="N,N", help="resolutions, or none")
+    add("--attention", type=integers, dest="attention_resolutions", default=(16, 8), metavar="N,N",
+        help="resolutions with attention, or none")  # fmt: skip
     add("--num-heads", type=int, default=4, metavar="N", help="heads of attention")
     add("--dropout", type=float, default=0.3, metavar="P", help="probability")
     add = flags.add_argument_group("training").add_argument
@@ -111,7 +109,7 @@ def parse(argv):
     add("--batch", type=int, default=128, metavar="N", help="images an update, of all processes")
     add("--accum", type=int, default=1, metavar="N", help="parts a process computes its share in")
     add("--lr", type=float, default=1e-4, metavar="X", help="AdamW's learning rate")
-    add("--warmup", type=int, default=0, metavar="N", help="updates until it is reached")
+    add("--warmup", type=int, default=0, metavar="N", help="updates until it's reached")
     add("--ema", type=float, default=0.9999, metavar="X", help="decay of the averaged weights")
     add("--grad-clip", type=float, default=0.0, metavar="X", help="largest norm, 0: any")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
@@ -127,14 +125,15 @@ def parse(argv):
     add("--ckpt", metavar="FILE", help="what to measure (ckpt.pt in --out)")
     add("--eval-images", type=int, default=10_000, metavar="N", help="images at most")
     add("--eval-steps", type=int, metavar="N", help="steps of the process to measure (T)")
-    add("--eval-calls", type=int, default=10, metavar="N", help="network calls an image, T: exact")
+    add("--eval-calls", type=int, default=10, metavar="N", help="calls an image, T: all")
     add("-h", "--help", action="store_true", help="print this, for the --data given")
 
     unset = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args([]))))
     given = {k: v for k, v in vars(flags.parse_args(argv, unset)).items() if v is not None}
-    if given.get("data", "digits") == "digits":
+    data = given.get("data", "digits")
+    if data == "digits":
         flags.set_defaults(**DIGITS)
-    elif given["data"] != "cifar10":
+    elif data != "cifar10":
         mult = MULTS.get(given.get("image_size"), (1, 2, 3, 4))
         flags.set_defaults(**FOLDER, channel_mult=mult)
     if "help" in given:
@@ -145,35 +144,31 @@ def parse(argv):
             low, high = LIMITS.get(name, (0, 1) if isinstance(value, float) else (1, 10**9))
             if type(value) in (int, float) and not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
-    defaults = vars(flags.parse_args([]))
-    del defaults["help"]
-    return defaults, given
-
-
-def configure(argv):
-    """-> the configuration (a Namespace), and the checkpoint to go on from, or None."""
-    defaults, given = parse(argv)
-    name, state = os.path.basename(os.path.abspath(given.get("data", "digits"))), None
-    out = given.setdefault("out", os.path.join("runs", name))
-    path = os.path.join(out, "ckpt.pt")
+    out = given.setdefault("out", os.path.join("runs", os.path.basename(os.path.abspath(data))))
+    path, state = os.path.join(out, "ckpt.pt"), {}
+    config = vars(flags.parse_args([])) | {"time_scale": None}  # 1000/T, or that of --init
+    del config["help"]
     if "eval_only" in given:
-        return argparse.Namespace(**defaults | {"ckpt": path} | given), None
+        return argparse.Namespace(**config | dict(ckpt=path, schedule=None, T=None) | given), {}
     if "ckpt" in given:
         fail("--ckpt is for --eval-only: training goes on in --out, or starts from --init", 2)
     if os.path.exists(path):
         state = read_checkpoint(path)
         if "config" not in state:
             fail(f"{path} holds weights, but no run to go on with: take another --out")
-        defaults |= state["config"]
+        config |= state["config"]
         for name in given.keys() - FREE:
-            if given[name] != defaults[name]:
+            if given[name] != config[name]:
                 fail(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has"
-                     f" {defaults[name]}; leave it out, or take another --out", 2)  # fmt: skip
+                     f" {config[name]}; leave it out, or take another --out", 2)  # fmt: skip
     elif "init" in given:
-        net = dataclasses.asdict(load_checkpoint(given["init"])[0].config)
-        defaults |= {name: net[name] for name in NETWORK}
-        defaults["attention"] = net["attention_resolutions"]
-    return argparse.Namespace(**defaults | given), state
+        model, process = load_checkpoint(given["init"], given.get("schedule"), given.get("T"))
+        config |= process | {name: getattr(model.config, name) for name in NETWORK}
+        if clash := [name for name in NETWORK if given.get(name, config[name]) != config[name]]:
+            fail(f"--{clash[0].replace('_', '-')}: the network of --init has {config[clash[0]]}", 2)
+        dropout, weights = given.get("dropout", config["dropout"]), model.state_dict()
+        state = dict(unet=vars(model.config) | {"dropout": dropout}, model=weights, ema=weights)
+    return argparse.Namespace(**config | given), state
 
 
 # ---- Data: uint8 images (N, 3, S, S), labels (N,) ----------------------------------------------
@@ -193,9 +188,8 @@ def draw_digits(n, size, seed):
         image = Image.new("RGB", (size, size), tuple(paper.tolist()))
         font = fonts[rng.integers(len(fonts))]
         left, top, right, bottom = font.getbbox(digit)
-        corner = rng.integers((0, 0), (size + 1 - right + left, size + 1 - bottom + top))
-        place = (corner[0] - left, corner[1] - top)
-        ImageDraw.Draw(image).text(place, digit, tuple(ink.tolist()), font)
+        x, y = rng.integers((0, 0), (size + 1 - right + left, size + 1 - bottom + top))
+        ImageDraw.Draw(image).text((x - left, y - top), digit, tuple(ink.tolist()), font)
         images[i] = image
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
 
@@ -218,24 +212,18 @@ def read_image(path, size):
 
 
 def list_images(root):
-    """Sorted paths, relative to root, of the image files below it; links are followed once."""
-    paths, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        files = (f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
-        paths += [os.path.relpath(os.path.join(folder, file), root) for file in files]
-    return sorted(paths)
+    """Sorted paths, from root on, of the images below it; on its first level links are followed."""
+    tops = [root, *(entry.path for entry in os.scandir(root) if entry.is_symlink())]
+    files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
+    return sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
 
 
 @contextlib.contextmanager
-def one_at_a_time(path):
-    """Processes of this machine that name the same path wait for each other."""
+def locked(path, wait=True):
+    """Hold a lock file among the processes of this machine. Raises BlockingIOError, or waits."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
@@ -249,10 +237,9 @@ def load_folder(root, size):
     listing = [(path, file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
     key = hashlib.sha256(json.dumps([listing, size]).encode()).hexdigest()[:12]
     cache = f"data/cache/{os.path.basename(os.path.abspath(root))}-{size}-{key}"
-    with one_at_a_time(cache):
+    with locked(cache + ".lock"):
         if not os.path.exists(cache):
-            shutil.rmtree(cache + ".tmp", ignore_errors=True)  # left by a process that was killed
-            os.mkdir(cache + ".tmp")
+            os.makedirs(cache + ".tmp", exist_ok=True)
             good = []
             with open(f"{cache}.tmp/images.u8", "wb") as file, ThreadPool(os.cpu_count()) as pool:
                 decode = pool.imap(lambda path: read_image(os.path.join(root, path), size), paths)
@@ -270,7 +257,7 @@ def load_folder(root, size):
     with open(f"{cache}/paths.json") as file:
         paths = json.load(file)
     if not paths:
-        fail(f"--data {root}: no readable image there ({' '.join(SUFFIXES)})")
+        raise ValueError(f"--data {root}: no readable image there ({' '.join(SUFFIXES)})")
     return np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(paths), 3, size, size)), paths
 
 
@@ -281,19 +268,17 @@ def load_data(config, held_out=False):
         images, labels = draw_digits(20_000, config.image_size, config.seed + 2**32 * held_out)
     elif config.data == "cifar10":
         try:
-            with one_at_a_time("data/cifar10"), contextlib.redirect_stdout(sys.stderr):
+            with locked("data/cifar10.lock"), contextlib.redirect_stdout(sys.stderr):
                 data = CIFAR10("data", train=not held_out, download=True)
         except (OSError, RuntimeError) as error:
             fail(f"cannot download CIFAR-10 ({error}); put cifar-10-python.tar.gz into data/")
-        images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
-        labels = np.array(data.targets)
+        images, labels = data.data.transpose(0, 3, 1, 2), np.array(data.targets)
     elif os.path.isdir(config.data):
         images, paths = load_folder(config.data, config.image_size)
-        folders = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
-        names, labels = np.unique(folders, return_inverse=True)
-        if config.class_cond and not names[0]:
-            fail(f"--class-cond: {paths[labels.argmin()]} in {config.data} is in no subfolder")
+        names, labels = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
         classes = len(names)
+        if config.class_cond and (loose := [f for f in names if f.lower().endswith(SUFFIXES)]):
+            raise ValueError(f"--class-cond: {loose[0]} in {config.data} is in no subfolder")
     else:
         fail(f"--data {config.data}: neither digits, nor cifar10, nor a folder", 2)
     return images, *((labels, classes) if config.class_cond else (None, None))
@@ -304,9 +289,10 @@ def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=generator(seed, 2**31 + epoch)).numpy()
 
 
-def to_x0(images, device):
-    """uint8 -> float32 in [-1, 1]."""
-    return torch.from_numpy(np.asarray(images)).to(device).float() / 127.5 - 1
+def to_device(images, labels, rows, device):
+    """The images of some rows, as float32 in [-1, 1], and their labels or None."""
+    x0 = torch.from_numpy(np.asarray(images[rows])).to(device).float() / 127.5 - 1
+    return x0, None if labels is None else torch.from_numpy(labels[rows]).to(device)
 
 
 def load_batch(config, images, labels, t_sampler, step, device):
@@ -323,14 +309,13 @@ def load_batch(config, images, labels, t_sampler, step, device):
     t, weights = t_sampler.sample(B, g)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)[mine]
     flip = torch.rand(B, 1, 1, 1, generator=g, device=device)[mine] < 0.5 * config.flip
-    x0 = to_x0(images[rows], device)
-    y = None if labels is None else torch.from_numpy(labels[rows]).to(device)
+    x0, y = to_device(images, labels, rows, device)
     return torch.where(flip, x0.flip(3), x0), y, t[mine], weights[mine], noise
 
 
 # ---- Training ----------------------------------------------------------------------------------
 
-COLUMNS = "step,loss,bits_per_dim,grad_norm,lr,skipped,images_per_second,seconds\n"
+COLUMNS = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n"
 
 
 def catch_signals():
@@ -350,107 +335,84 @@ def catch_signals():
     return stop
 
 
-def draw_samples(config, diffusion, ema, classes, device, autocast):
-    """A grid's 64 images, shared out among the processes -> (64, 3, S, S) in [-1, 1]."""
-    x = torch.zeros(64, 3, config.image_size, config.image_size, device=device)
-    mine = torch.arange(64, device=device)[RANK::WORLD]
-    if len(mine):
-        generators = [generator(config.seed, i, device) for i in mine.tolist()]
-        noise = [torch.randn(x.shape[1:], generator=g, device=device) for g in generators]
-        y = mine % classes if classes else None
-        with autocast:
-            x[RANK::WORLD] = diffusion.sample(ema, torch.stack(noise), y, generators=generators)
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
+def draw_grid(path, seed, diffusion, ema, device, autocast):
+    """Write a grid of 64 samples."""
+    size, classes = ema.config.image_size, ema.config.num_classes
+    generators = [generator(seed, i, device) for i in range(64)]
+    y = torch.arange(64, device=device) % classes if classes else None
+    with autocast:
+        x = diffusion.sample(ema, randn((3, size, size), generators), y, generators=generators)
+    x = F.interpolate(x, scale_factor=float(max(1, 64 // size)))
+    save_image(x, path + ".tmp", normalize=True, value_range=(-1, 1), format="png")
+    os.replace(path + ".tmp", path)
 
 
 def train(config, state, device, autocast):
-    """Train to config.steps, from the checkpoint `state` or from the start."""
+    """Train to config.steps. `state` may hold a whole checkpoint, weights alone, or nothing."""
     images, labels, classes = load_data(config)
-    process = {name: getattr(config, name) for name in ("schedule", "T", "variance")}
-    shape = {name: getattr(config, name) for name in NETWORK}
-    shape |= dict(attention_resolutions=config.attention, num_classes=classes)
+    process = {name: getattr(config, name) for name in PROCESS}
+    unet = {name: getattr(config, name) for name in (*NETWORK, "dropout")}
+    unet |= dict(out_channels=6 if config.variance == "learned" else 3, num_classes=classes)
     torch.manual_seed(config.seed)
-    try:
-        model = UNet(UNetConfig(out_channels=6 if config.variance == "learned" else 3, **shape))
-        diffusion = Diffusion(**process).to(device)
-        preview = Diffusion(**process, steps=min(config.T, 100)).to(device)
-        if config.init and not state:
-            model.load_state_dict(load_checkpoint(config.init)[0].state_dict())
-    except (ValueError, RuntimeError) as error:
-        fail(" ".join(str(error).split())[:300], 2)
+    model = UNet(UNetConfig(**state.get("unet", unet)))
+    if model.config.num_classes != classes:
+        fail(f"{config.data} has {classes or 'no'} classes, the network {model.config.num_classes}")
+    diffusion = Diffusion(**process).to(device)
+    preview = Diffusion(**process, steps=min(config.T, 100)).to(device)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     params, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "t_sampler": t_sampler}
-    # Of this process since the last row of the log: loss, bits/dim, gradient norm, steps, skipped.
-    sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
-    start, before, rows = 0, 0.0, COLUMNS
-    if state:
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
-        start, before, rows = state["step"], state["seconds"], state["log"]
-        sums += state["sums"].to(device) * (RANK == 0)
+    for name in stateful.keys() & state.keys():
+        stateful[name].load_state_dict(state[name])
+    start, log = state.get("step", 0), state.get("log", COLUMNS)
+    begin = time.monotonic() - state.get("seconds", 0)
     if (gather(torch.tensor([start])) != start).any():
         fail("not all processes see the same checkpoint: nodes must share the storage of --out")
     net = torch.compile(model) if config.compile else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    stop = catch_signals()
-    bar = tqdm(total=config.steps, initial=start, unit="step", disable=not TTY or RANK > 0)
+    # Since the last row of the log: loss, bits/dim, gradient norm, steps, skipped steps.
+    sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
+    stop, bar = catch_signals(), tqdm(
+        total=config.steps * config.batch, initial=start * config.batch, unit=" images",
+        unit_scale=True, file=sys.stderr if TTY and RANK == 0 else open(os.devnull, "w"),
+    )  # fmt: skip
     batch = load_batch(config, images, labels, t_sampler, start, device)
-    begin = marked = told = time.monotonic()
-    mark = start
     for step in range(start, config.steps + 1):  # so many steps are done
         stopping = stop.clone()
         if WORLD > 1:
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # on the CPU: the device does not wait
         stopping, last, new = int(stopping), step == config.steps, step > start
-        logs = new and (last or step % config.log_every == 0)
         saves = new and (last or stopping or step % config.save_every == 0)
-        if WORLD > 1 and (logs or saves):
-            dist.all_reduce(sums)
-            sums *= RANK == 0
-        if logs:
-            now = time.monotonic()
-            loss, bits, norm, good, bad = sums.tolist()
+        if saves or new and step % config.log_every == 0:
+            if WORLD > 1:
+                dist.all_reduce(sums)
+            loss, bits, norm, good, bad = (sums / WORLD).tolist()
             loss, bits, norm = (value / max(good, 1) for value in (loss, bits, norm))
             bits += diffusion.prior(x0).mean().item()
-            rate, seconds = (step - mark) * config.batch / (now - marked), before + now - begin
-            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{bad:.0f},"
-            rows += row + f"{rate:.1f},{seconds:.1f}\n"
+            seconds = time.monotonic() - begin
+            log += f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{bad:.0f},{seconds:.1f}\n"
             if RANK == 0:
                 with open(os.path.join(config.out, "log.csv"), "w") as file:
-                    file.write(rows)
+                    file.write(log)
             sums.zero_()
-            mark, marked = step, now
-            bar.set_postfix_str(f"loss {loss:.4f}, {bits:.3f} bits/dim, {rate:.0f} img/s")
-            if not TTY and (now > told + 10 or last):
-                told, left = now, (config.steps - step) * config.batch / rate / 60
-                say(f"step {step}/{config.steps}: {bar.postfix}, {left:.0f} min left")
+            bar.set_postfix_str(f"step {step}, loss {loss:.4f}, {bits:.3f} bits/dim")
+            if not TTY:
+                say(str(bar))
             if skipped_in_a_row >= 100:
                 fail(f"no finite gradient in the 100 steps before {step}: try a smaller --lr")
-        if new and not stopping and (last or step % config.sample_every == 0):
-            x = draw_samples(config, preview, ema, classes, device, autocast).cpu()
-            if RANK == 0:
-                path = os.path.join(config.out, "samples", f"{step:07}.png")
-                x = F.interpolate(x, scale_factor=float(max(1, 64 // config.image_size)))
-                save_image(x, path + ".tmp", normalize=True, value_range=(-1, 1), format="png")
-                os.replace(path + ".tmp", path)
-        if saves and RANK == 0:
+        if RANK == 0 and new and not stopping and (last or step % config.sample_every == 0):
+            path = os.path.join(config.out, "samples", f"{step:07}.png")
+            draw_grid(path, config.seed, preview, ema, device, autocast)
+        if RANK == 0 and saves:
             state = {name: part.state_dict() for name, part in stateful.items()} | dict(
-                step=step, seconds=before + time.monotonic() - begin, sums=sums, log=rows,
-                config=vars(config), unet=dataclasses.asdict(model.config), diffusion=process,
+                step=step, seconds=seconds, log=log, config=vars(config), unet=vars(model.config),
+                diffusion=process,
             )  # fmt: skip
-            try:
-                save_checkpoint(os.path.join(config.out, "ckpt.pt"), state)
-            except OSError as error:
-                if last or stopping:
-                    raise
-                say(f"{error}; training goes on, the last checkpoint is whole")
+            save_checkpoint(os.path.join(config.out, "ckpt.pt"), state)
         if last or stopping:
             break
 
@@ -481,11 +443,11 @@ def train(config, state, device, autocast):
         losses = torch.cat(losses, 1)
         t_sampler.update(t, losses[0])
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
-        means = torch.stack([*(losses @ weights / config.batch), norm / WORLD]) * (1 - bad)
-        sums[:3] += means.nan_to_num(0, 0, 0)
-        sums[3:] += torch.stack([1 - bad, bad]) / WORLD
+        means = losses @ weights * (WORLD / config.batch)
+        row = torch.stack([*means, norm]).where(bad == 0, 0).nan_to_num(0, 0, 0)
+        sums += torch.cat([row, torch.stack([1 - bad, bad])])
         batch = load_batch(config, images, labels, t_sampler, step + 1, device)
-        bar.update()
+        bar.update(config.batch)
     bar.close()
     if stopping:
         raise SystemExit(128 + stopping)
@@ -497,63 +459,57 @@ def train(config, state, device, autocast):
 
 
 def evaluate(config, device, autocast):
-    """Print the bound on held-out images and its parts; write every L_t to terms.csv.
+    """Print the bound of a checkpoint on held-out images; write every L_t to terms.csv.
 
     Interrupted, it prints what was measured, and then raises KeyboardInterrupt.
     """
-    model, process = load_checkpoint(config.ckpt)
+    model, process = load_checkpoint(config.ckpt, config.schedule, config.T)
     diffusion = Diffusion(**process | {"steps": config.eval_steps}).to(device)
-    model.to(device)
-    config.image_size, config.class_cond = model.config.image_size, bool(model.config.num_classes)
+    config.image_size = model.to(device).config.image_size
+    config.class_cond = model.config.num_classes is not None
     images, labels, _ = load_data(config, held_out=True)
     n = min(config.eval_images, len(images))
-    rows = np.linspace(0, len(images) - 1, n).round().astype(int)  # from all parts of a folder
-    exact, calls = config.eval_calls >= diffusion.num_steps, config.eval_calls - 2
-
-    def load(rows):
-        x0 = to_x0(images[rows], device)
-        return x0, torch.from_numpy(labels[rows]).to(device) if config.class_cond else None
-
-    found, done, weights = [], False, torch.ones(diffusion.num_steps, device=device)
+    rows = epoch_order(config.seed, 0, len(images))[:n]
+    exact, p = config.eval_calls >= diffusion.num_steps, None
+    found, (sums, draws) = [torch.zeros(3, 0)], torch.zeros(2, diffusion.num_steps).double()
+    torch.manual_seed(generator(config.seed, RANK).initial_seed())
     bar = tqdm(range(RANK, n, config.batch * WORLD), "bits/dim", disable=not TTY or RANK > 0)
     with autocast, contextlib.suppress(KeyboardInterrupt):
-        torch.manual_seed(config.seed)
-        if not exact:  # a pilot, the same for all processes, of at most one call an image
-            p = diffusion.pilot(model, *load(rows[:: max(1, n // 16)][: max(1, n // 32)]))
-            weights[1:] = 1 / (calls * p[1:])
-        torch.manual_seed(generator(config.seed, RANK).initial_seed())
         for i in bar:
-            x0, y = load(rows[i : i + config.batch * WORLD : WORLD])
+            mine = rows[i : i + config.batch * WORLD : WORLD]
+            x0, y = to_device(images, labels, mine, device)
             if exact:
-                _, terms, prior = diffusion.bits_per_dim(model, x0, y, progress=not bar.disable)
-                t = torch.arange(diffusion.num_steps, device=device).expand_as(terms)
-            else:
-                terms, t, prior = diffusion.bits_per_dim_draws(model, x0, p, calls, y)
-            found.append((terms, t, prior))
-            terms, t, prior = map(torch.cat, zip(*found))
-            total, error = (terms.sum(1) + prior).mean(), estimate_error(terms)
-            bar.set_postfix_str(f"{total:.3f}" if exact else f"{total:.3f} ± {error:.3f}")
-        done = True
-    if not found:
-        raise KeyboardInterrupt
-    terms, t = (gather(value.flatten()).view(-1, terms.shape[1]).cpu() for value in (terms, t))
-    prior, weights = gather(prior).cpu(), weights.cpu()
-    total = terms.sum(1) + prior
-    if RANK == 0:
-        L_0, L_T, error = terms[t == 0].mean(), prior.mean(), estimate_error(terms)
-        error = "every term computed" if exact else f"± {error:.4f} by the choice of t and noise"
-        print(f"bits/dim {total.mean():.4f} on {len(total)} images, {error},"
-              f" ± {total.std() / len(total) ** 0.5:.4f} with that of images")  # fmt: skip
-        print(f"L_0 {L_0:.4f}, KLs {total.mean() - L_0 - L_T:.4f}, L_T {L_T:.6f}")
+                bounds = [diffusion.bits_per_dim(model, x0, y, progress=not bar.disable)]
+            else:  # two estimates, whose difference tells the error; all in eval_calls calls
+                if p is None:  # a pilot: at most one call an image
+                    few = slice(max(1, n // WORLD // 32))
+                    p = diffusion.pilot(model, x0[few], None if y is None else y[few])
+                calls = (config.eval_calls - 3) // 2
+                bounds = [diffusion.bits_per_dim(model, x0, y, p, calls) for _ in range(2)]
+            total, terms, prior = (torch.stack(parts).cpu() for parts in zip(*bounds))
+            found.append(torch.stack([total.mean(0), (total[0] - total[-1]) / 2, prior[0]]))
+            sums += terms.nansum((0, 1))
+            draws += (~terms.isnan()).sum((0, 1))
+            total, rest, _ = torch.cat(found, 1)
+            bar.set_postfix_str(f"{total.mean():.3f} ± {rest.norm() / len(rest):.4f}")
+    total, rest, prior = (gather(row).double() for row in torch.cat(found, 1))
+    if WORLD > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(draws)
+    if RANK == 0 and len(total):
+        L_t, n_done = sums / draws, len(total)
+        error = f"± {rest.norm() / n_done:.4f} by the choice of t and noise"
+        print(f"bits/dim {total.mean():.4f} on {n_done} images,"
+              f" {'every term computed' if exact else error},"
+              f" ± {total.std() / n_done**0.5:.4f} with that of images")  # fmt: skip
+        print(f"L_0 {L_t[0]:.4f}, KLs {(total - prior).mean() - L_t[0]:.4f}, L_T {prior.mean():.6f}")
         path = os.path.join(os.path.dirname(config.ckpt), "terms.csv")
-        t, L_t = t.flatten(), (terms / weights[t]).flatten()
-        number, sums = torch.bincount(t), torch.bincount(t, L_t)
         with open(path, "w") as file:
             file.write("t,bits_per_dim,images\n")
-            for i in number.nonzero().flatten().tolist():
-                file.write(f"{i},{sums[i] / number[i]:.6g},{number[i]}\n")
+            for t in draws.nonzero().flatten().tolist():
+                file.write(f"{t},{L_t[t]:.6g},{draws[t]:.0f}\n")
         say(f"wrote {path}")
-    if not done:
+    if len(total) < n:
         raise KeyboardInterrupt
 
 
@@ -573,13 +529,12 @@ def main():
         fail(f"--batch {config.batch} is no image for each of {WORLD} processes × {config.accum}"
              " parts (--accum)", 2)  # fmt: skip
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
-    with open(os.path.join(config.out, ".lock"), "w") as lock:
-        try:
-            if RANK == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another run is writing to {config.out}: take another --out")
-        train(config, state, device, autocast)
+    lock = os.path.join(config.out, ".lock")
+    try:
+        with locked(lock, wait=False) if RANK == 0 else contextlib.nullcontext():
+            train(config, state, device, autocast)
+    except BlockingIOError:
+        fail(f"another run is writing to {config.out}: take another --out")
 
 
 if __name__ == "__main__":
