@@ -1247,7 +1247,7 @@ BAD_TRAIN = """
 BAD_SAMPLE = """
     --n=0 --n=-1 --n=x --n=99999 --steps=0 --steps=21 --steps=x --method=euler --eta=1 --seed=-1
     --eta=2|--method=ddim --eta=x --class=10 --class=-1 --class=x --seed=x --batch=0 --batch=x
-    --out=x.jpg --out=folder.png --out=nowhere/x.png --out=file/x --ckpt=nowhere --ckpt=file
+    --out=x.jpg --out=folder.png --out=file/x.png --out=file/x --ckpt=nowhere --ckpt=file
     --ckpt=. --device=cuda --device=gpu --dtype=fp16 --T=1 --num-heads=0 --schedule=x --unknown
 """.split()
 
