@@ -38,7 +38,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
     """KL(N1 || N2) of each element, in nats."""
     ratio = log_variance1 - log_variance2
-    return 0.5 * (ratio.exp() - 1 - ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+    return 0.5 * (ratio.expm1() - ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
 
 
 def decoder_log_likelihood(x0, mean, log_variance):

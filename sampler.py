@@ -11,7 +11,9 @@ def gather(values):
     """The 1-D tensors of all ranks, of whatever lengths, in the order of ranks -> one tensor."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    length = torch.tensor([len(values)], device=values.device)
+    # The host's lengths travel on the host where they can, so that it need not wait for the device.
+    host = "cpu" if "gloo" in str(dist.get_backend_config()) else values.device
+    length = torch.tensor([len(values)], device=host)
     lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
     lengths = torch.cat(lengths).tolist()
@@ -55,9 +57,10 @@ class ImportanceSampler:
     """
 
     def __init__(self, T, history=10, uniform=0.001):
-        self.T, self.uniform = T, uniform
-        self.losses = torch.zeros(T, history)  # of each t, a ring of its last losses
-        self.counts = torch.zeros(T, dtype=torch.int64)  # of all losses ever seen
+        self.T, self.history, self.uniform = T, history, uniform
+        # Of each t, a ring of its last losses; the row after those takes what is not to be kept.
+        self.losses = torch.zeros(T + 1, history)
+        self.counts = torch.zeros(T + 1, dtype=torch.int64)  # of all losses ever seen
 
     def to(self, device):
         """Move the history to a device. Returns self."""
@@ -66,9 +69,9 @@ class ImportanceSampler:
 
     def probabilities(self):
         """p (T,), summing to 1."""
-        root = self.losses.square().mean(1).sqrt()
+        root = self.losses[: self.T].square().mean(1).sqrt()
         p = (1 - self.uniform) * root / root.sum() + self.uniform / self.T
-        ready = (self.counts >= self.losses.shape[1]).all() & (root.sum() > 0)
+        ready = (self.counts[: self.T] >= self.history).all() & (root.sum() > 0)
         return torch.where(ready, p, 1 / self.T)
 
     def sample(self, n, generator=None):
@@ -83,27 +86,24 @@ class ImportanceSampler:
         Losses that are not finite are left out.
         """
         t, losses = gather(t), gather(losses.float())
-        finite = losses.isfinite()
-        t, order = t[finite].sort(stable=True)
-        losses = losses[finite][order]
-        seen = torch.bincount(t, minlength=self.T)
+        t, order = torch.where(losses.isfinite(), t, self.T).sort(stable=True)
+        seen = torch.zeros_like(self.counts).scatter_add_(0, t, torch.ones_like(t))
         # Within its group of equal t, each loss has a rank; only the last `history` may stay.
         rank = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
-        history = self.losses.shape[1]
-        last = rank >= seen[t] - history
-        slot = (self.counts[t] + rank) % history
-        self.losses[t[last], slot[last]] = losses[last]
+        row = torch.where(rank >= seen[t] - self.history, t, self.T)
+        self.losses[row, (self.counts[t] + rank) % self.history] = losses[order]
+        self.losses[self.T] = 0
         self.counts += seen
 
     def state_dict(self):
-        return {"losses": self.losses, "counts": self.counts}
+        return {"losses": self.losses[: self.T], "counts": self.counts[: self.T]}
 
     def load_state_dict(self, state):
         """Raises ValueError if the state belongs to another T or history."""
-        if state["losses"].shape != self.losses.shape:
+        if state["losses"].shape != (self.T, self.history):
             raise ValueError("the history of losses belongs to another T")
-        self.losses.copy_(state["losses"])
-        self.counts.copy_(state["counts"])
+        self.losses[: self.T] = state["losses"]
+        self.counts[: self.T] = state["counts"]
 
 
 T_SAMPLERS = {"uniform": UniformSampler, "importance": ImportanceSampler}

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -790,6 +791,11 @@ def test_other_plain_state_dicts_need_their_process(tmp_path):
         load_checkpoint(tmp_path / "upsample_cond_500K.pt", "linear", 500)
 
 
+def plain_state_dict(path):
+    model = small_unet(image_size=32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16, 8))
+    torch.save(as_openai_has_it(model.state_dict()), path)
+
+
 # ---- The scripts, as a user runs them ----------------------------------------------------------
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -1195,6 +1201,25 @@ def test_class_and_ddim_reach_the_sampler(here):
     assert all(abs(a - b).max() > 1 for a, b in itertools.combinations(images, 2))
 
 
+def test_a_plain_state_dict_is_sampled_measured_and_trained_on(here, capsys):
+    plain_state_dict("plain.pt")
+    make_folder("pets")
+    process = "--schedule linear --T 12 --num-heads 2 --device cpu".split()
+    flags = ["--ckpt", "plain.pt", "--n", 1, "--steps", 3, *process]
+    assert script("sample.py", *flags, "--out", "a.npz") == 0
+    assert script("sample.py", *flags, "--out", "b.npz", "--time-scale", 1, "--dtype", "fp32") == 0
+    a, b = (np.load(f"{name}.npz")["arr_0"].astype(int) for name in "ab")
+    assert abs(a - b).max() > 1
+    flags = ["--data", "pets", *process, "--batch", 4]
+    assert script("train.py", "--eval-only", "--ckpt", "plain.pt", *flags, "--eval-images", 4) == 0
+    assert "on 4 images" in capsys.readouterr().out
+    assert script("train.py", "--init", "plain.pt", *flags, "--steps", 1) == 0
+    state = read_checkpoint("runs/pets/ckpt.pt")
+    assert state["unet"]["image_size"] == 32 and state["diffusion"]["T"] == 12
+    assert script("train.py", "--init", "plain.pt", *flags, "--channels", 32, "--out", "x") == 2
+    assert "--channels: the network of --init has 16" in capsys.readouterr().err
+
+
 def test_a_folder_of_samples_goes_on_where_it_stopped(trained, here, capsys):
     flags = ["--ckpt", trained, "--steps", 2, "--out", "images"]
     assert script("sample.py", *flags, "--n", 2) == 0
@@ -1274,6 +1299,14 @@ def test_help_fits_a_screen_and_names_every_flag(name, capsys):
     assert script(name, "--help") == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 60 and max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_every_flag_is_tried_above(name, capsys):
+    assert script(name, "--help") == 0
+    tests = open(__file__).read().split("BAD_TRAIN = ")[0]
+    flags = set(re.findall(r"  (--[\w-]+)", capsys.readouterr().out))
+    assert len(flags) > 10 and not {flag for flag in flags if flag not in tests}
 
 
 def test_help_shows_the_defaults_of_the_data(capsys):

@@ -162,7 +162,8 @@ def configure(argv):
                 fail(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has"
                      f" {config[name]}; leave it out, or take another --out", 2)  # fmt: skip
     elif "init" in given:
-        model, process = load_checkpoint(given["init"], given.get("schedule"), given.get("T"))
+        known = (given.get("schedule"), given.get("T"), None, given.get("num_heads", 4))
+        model, process = load_checkpoint(given["init"], *known)
         config |= process | {name: getattr(model.config, name) for name in NETWORK}
         if clash := [name for name in NETWORK if given.get(name, config[name]) != config[name]]:
             fail(f"--{clash[0].replace('_', '-')}: the network of --init has {config[clash[0]]}", 2)
@@ -463,7 +464,8 @@ def evaluate(config, device, autocast):
 
     Interrupted, it prints what was measured, and then raises KeyboardInterrupt.
     """
-    model, process = load_checkpoint(config.ckpt, config.schedule, config.T)
+    known = config.schedule, config.T, None, config.num_heads  # for a plain state dict
+    model, process = load_checkpoint(config.ckpt, *known)
     diffusion = Diffusion(**process | {"steps": config.eval_steps}).to(device)
     config.image_size = model.to(device).config.image_size
     config.class_cond = model.config.num_classes is not None
