@@ -52,6 +52,7 @@ def parse(argv):
     add("--n", type=int, default=64, metavar="N", help="images")
     add("--steps", type=int, metavar="N", help="of the sampler (250, or the T of the process)")
     add("--method", choices=["ancestral", "ddim"], default="ancestral", help="sampler")
+    add("--variance", choices=["learned", "small", "large"], help="of p (the checkpoint's)")
     add("--eta", type=float, default=0.0, metavar="X", help="noise of DDIM, 0 … 1")
     add("--class", type=int, metavar="K", help="class from 0 (each in turn)")
     add("--seed", type=int, default=0, metavar="N", help="of the images")
@@ -145,14 +146,15 @@ def main():
         if label >= (classes or 0):
             fail(f"--class {label}: the network has {classes or 'no'} classes, from 0", 2)
     device, autocast = pick_device(args.device, args.dtype)
-    diffusion = Diffusion(**process | {"steps": steps}).to(device)
+    process |= {"variance": args.variance or process["variance"], "steps": steps}
+    diffusion = Diffusion(**process).to(device)
     model.to(device)
     say(f"{path}: {args.n} images in {steps} steps on {device}")
     if WORLD > 1:
         dist.init_process_group("gloo")  # for finished images; drawing them needs no exchange
 
     about = {"checkpoint": path, "steps": str(steps)}
-    about |= {key: str(vars(args)[key]) for key in ("seed", "method", "eta", "class")}
+    about |= {key: str(vars(args)[key]) for key in ("seed", "method", "variance", "eta", "class")}
     png = PngInfo()
     for key, value in about.items():
         png.add_text(key, value)

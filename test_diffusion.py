@@ -1152,14 +1152,15 @@ def test_cifar10_is_downloaded_verified_trained_on_and_measured(here, monkeypatc
 def test_eval_measures_the_same_exactly_and_cheaply(trained, here, capsys):
     flags = "--eval-only --eval-images 256 --batch 64 --device cpu --ckpt".split() + [trained]
     totals = []
-    for more in (["--eval-calls", 20], ["--eval-calls", 8], ["--eval-steps", 5]):
-        assert script("train.py", *TINY[:2], *flags, *more) == 0
+    for more in ("--eval-calls 20", "--eval-calls 8", "--eval-calls 20 --variance large",
+                 "--eval-steps 5"):  # fmt: skip
+        assert script("train.py", *TINY[:2], *flags, *more.split()) == 0
         out = capsys.readouterr().out.split()
         totals.append(float(out[1]))
         assert float(out[out.index("L_0") + 1].strip(",")) < totals[-1]
     error = float(out[out.index("±") + 1])
-    exact, cheap, strided = totals
-    assert abs(exact - cheap) < 0.05 and strided > exact
+    exact, cheap, large, strided = totals
+    assert abs(exact - cheap) < 0.05 and strided > exact and abs(large - exact) > 0.01
     rows = [row.split(",") for row in open(trained.parent / "terms.csv")]
     assert rows[0] == ["t", "bits_per_dim", "images\n"] and len(rows) == 6
 
@@ -1184,7 +1185,7 @@ def test_samples_depend_on_their_seed_and_place_alone(trained, here):
     assert script("sample.py", *flags, "a.npz") == 1  # may have cost hours
 
 
-def test_class_and_ddim_reach_the_sampler(here):
+def test_class_ddim_and_variance_reach_the_sampler(here):
     process = dict(schedule="cosine", T=20, variance="learned", time_scale=None)
     model = small_unet(num_classes=10)  # of random weights: it listens to all it is given
     state = dict(unet=vars(model.config), diffusion=process, ema=model.state_dict())
@@ -1192,10 +1193,10 @@ def test_class_and_ddim_reach_the_sampler(here):
     flags = ["--ckpt", "random.pt", "--n", 2, "--steps", 4, "--batch", 1]
     for name, more in {
         "7": ["--class", 7], "ddim": ["--method", "ddim"], "ddpm": [],
-        "eta": ["--method", "ddim", "--eta", 1],
+        "eta": ["--method", "ddim", "--eta", 1], "large": ["--variance", "large"],
     }.items():  # fmt: skip
         assert script("sample.py", *flags, *more, "--out", f"{name}.npz") == 0
-    found = {name: np.load(f"{name}.npz") for name in ("7", "ddim", "ddpm", "eta")}
+    found = {name: np.load(f"{name}.npz") for name in ("7", "ddim", "ddpm", "eta", "large")}
     assert found["7"]["arr_1"].tolist() == [7, 7] and found["ddpm"]["arr_1"].tolist() == [0, 1]
     images = [f["arr_0"].astype(int) for f in found.values()]
     assert all(abs(a - b).max() > 1 for a, b in itertools.combinations(images, 2))

@@ -149,7 +149,8 @@ def configure(argv):
     config = vars(flags.parse_args([])) | {"time_scale": None}  # 1000/T, or that of --init
     del config["help"]
     if "eval_only" in given:
-        return argparse.Namespace(**config | dict(ckpt=path, schedule=None, T=None) | given), {}
+        config |= dict(ckpt=path, **dict.fromkeys(PROCESS))  # the process is the checkpoint's
+        return argparse.Namespace(**config | given), {}
     if "ckpt" in given:
         fail("--ckpt is for --eval-only: training goes on in --out, or starts from --init", 2)
     if os.path.exists(path):
@@ -466,7 +467,8 @@ def evaluate(config, device, autocast):
     """
     known = config.schedule, config.T, None, config.num_heads  # for a plain state dict
     model, process = load_checkpoint(config.ckpt, *known)
-    diffusion = Diffusion(**process | {"steps": config.eval_steps}).to(device)
+    process |= {"variance": config.variance or process["variance"], "steps": config.eval_steps}
+    diffusion = Diffusion(**process).to(device)
     config.image_size = model.to(device).config.image_size
     config.class_cond = model.config.num_classes is not None
     images, labels, _ = load_data(config, held_out=True)
