@@ -34,8 +34,6 @@ class UNetConfig:
     scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
 
     def __post_init__(self):
-        self.channel_mult = tuple(self.channel_mult)
-        self.attention_resolutions = tuple(self.attention_resolutions)
         sizes = [self.image_size >> level for level in range(len(self.channel_mult))]
         if self.image_size != sizes[-1] << len(sizes) - 1:
             raise ValueError(f"image size {self.image_size}: no multiple of {2 ** len(sizes) // 2}")
@@ -53,13 +51,6 @@ def group_norm(channels):
     if groups < 4:
         raise ValueError(f"{channels} channels have no 4 … 32 groups to norm: use a multiple of 8")
     return nn.GroupNorm(groups, channels)
-
-
-def zeros(layer):
-    """The layer with its parameters set to 0: each block starts as the identity."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
 
 
 def timestep_embedding(t, channels, max_period=10_000):
@@ -81,7 +72,7 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(emb_channels, (2 if scale_shift_norm else 1) * out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeros(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -104,7 +95,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = zeros(nn.Linear(channels, channels))
+        self.proj = nn.Linear(channels, channels)
 
     def forward(self, x):
         N, C, H, W = x.shape
@@ -115,13 +106,6 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 whatever the inputs
         h = self.proj(h.transpose(1, 2).reshape(N, H * W, C))
         return x + h.view(N, H, W, C).permute(0, 3, 1, 2)
-
-
-class Upsample(nn.Conv2d):
-    """Nearest-neighbour doubling, then a convolution."""
-
-    def forward(self, x):
-        return super().forward(F.interpolate(x, scale_factor=2.0))
 
 
 class Stage(nn.Sequential):
@@ -165,11 +149,15 @@ class UNet(nn.Module):
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             for i in range(c.num_res_blocks + 1):
                 width, ends = mult * c.channels, level > 0 and i == c.num_res_blocks
-                more = [Upsample(width, width, 3, padding=1)] if ends else []
+                conv = nn.Conv2d(width, width, 3, padding=1)
+                more = [nn.Sequential(nn.Upsample(scale_factor=2.0), conv)] if ends else []
                 self.up.append(stage(ch + skips.pop(), width, c.image_size >> level, *more))
                 ch = width
-        last = zeros(nn.Conv2d(ch, c.out_channels, 3, padding=1))
+        last = nn.Conv2d(ch, c.out_channels, 3, padding=1)
         self.out = nn.Sequential(group_norm(ch), nn.SiLU(), last)
+        for name, parameter in self.named_parameters():
+            if name.split(".")[-2] in ("conv2", "proj") or name.startswith("out.2"):
+                nn.init.zeros_(parameter)  # each block starts as the identity, the network as 0
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in
 
     def forward(self, x, t, y=None):
@@ -202,7 +190,7 @@ FORMAT = 1  # of our files; one with a higher number was written by a newer vers
 OPENAI_NAMES = {
     "input_blocks": "down", "middle_block": "middle", "output_blocks": "up", ".op.": ".",
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "emb", "proj_out": "proj",
-    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "skip", ".conv.": ".",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "skip", ".conv.": ".1.",
 }  # fmt: skip
 
 # What the tensors of its released files don't tell: schedule, T, time_scale, heads.
@@ -251,20 +239,18 @@ def read_checkpoint(path):
 
 def openai_config(state, num_heads):
     """The UNetConfig of improved-diffusion's tensors, under our names."""
-    channels, levels, attention, stage = len(state["down.0.0.weight"]), [[]], [], 1
-    while any(name.startswith(f"down.{stage}.") for name in state):
-        if f"down.{stage}.0.conv1.weight" in state:
-            levels[-1].append(len(state[f"down.{stage}.0.conv1.weight"]) // channels)
-        else:
-            levels.append([])
-        attention += [len(levels) - 1] if f"down.{stage}.1.qkv.weight" in state else []
-        stage += 1
-    mult = tuple(level[0] for level in levels)
+    channels = len(state["down.0.0.weight"])
+    stages = range(1, 1 + max(int(n.split(".")[1]) for n in state if n.startswith("down.")))
+    # A stage between two resolutions has a convolution alone: width 0 here.
+    widths = [len(state.get(f"down.{i}.0.conv1.weight", ())) // channels for i in stages]
+    blocks = (widths + [0]).index(0)
+    mult = tuple(widths[:: blocks + 1])
     size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
+    attends = {i // (blocks + 1) for i in stages if f"down.{i}.1.qkv.weight" in state}
     return UNetConfig(
         image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
-        channel_mult=mult, num_res_blocks=len(levels[0]), dropout=0.0, num_heads=num_heads,
-        attention_resolutions=list(dict.fromkeys(size >> level for level in attention)),
+        channel_mult=mult, num_res_blocks=blocks, dropout=0.0, num_heads=num_heads,
+        attention_resolutions=tuple(size >> level for level in sorted(attends)),
         num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
         scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
     )  # fmt: skip
@@ -309,9 +295,9 @@ def pick_device(name, dtype):
 
     "auto" is the best device, under torchrun this process's own, and bf16 where a GPU has it.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = ("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name
-    if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    name = next(n for n in found if found[n]) if name == "auto" else name
+    if not found[name]:
         raise ValueError(f"--device {name}: there is none here")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     native = name == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -736,12 +736,12 @@ def as_openai_has_it(state):
     for name, value in state.items():
         if name.startswith("down.") and name.endswith(("0.weight", "0.bias")) and name[5:7] != "0.":
             name = name.replace(".0.weight", ".0.op.weight").replace(".0.bias", ".0.op.bias")
-        elif name.startswith("up.") and name.split(".")[2] in "12" and len(name.split(".")) == 4:
-            name = name.replace(".weight", ".conv.weight").replace(".bias", ".conv.bias")
+        elif name.startswith("up.") and name.split(".")[3] == "1":
+            name = name.replace(".1.weight", ".conv.weight").replace(".1.bias", ".conv.bias")
         if ".qkv.weight" in name or ".proj.weight" in name:
             value = value[:, :, None]
         for key, ours in OPENAI_NAMES.items():
-            if ours != ".":
+            if ours not in (".", ".1."):
                 parts = name.split(".")
                 name = ".".join(key if part == ours else part for part in parts)
         theirs[name] = value
