@@ -55,10 +55,10 @@ def group_norm(channels):
 
 def timestep_embedding(t, channels, max_period=10_000):
     """Sinusoidal embedding: t (N,) float -> (N, channels), cosines first."""
-    half = channels // 2
+    half = (channels + 1) // 2
     freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(max_period) / half))
     angles = t[:, None].float() * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
 
 
 class ResBlock(nn.Module):
