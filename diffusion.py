@@ -2,8 +2,8 @@
 
 This file stands alone. A `model` is any callable (x_t, time, y) -> (N, C or 2C, H, W) that predicts
 the noise ε in x_t (N, C, H, W) and, for variance="learned", v in [-1, 1] after it. Equation numbers
-are the paper's; index t = 0 … T-1 is its t = 1 … T. Images are in [-1, 1], likelihoods in bits per
-dimension.
+are the paper's; index t = 0 … T-1 is its t = 1 … T, and L_t the term of the step from x_t: the
+paper's L_{t-1} at its own t. Images are in [-1, 1], likelihoods in bits per dimension.
 """
 
 import math
@@ -24,8 +24,8 @@ def linear_betas(T):
 
 def cosine_betas(T, s=0.008):
     """Betas of alphas_bar ∝ cos²((t/T + s) / (1 + s) · π/2), at most 0.999 (eq. 17) -> (T,)."""
-    t = torch.arange(T + 1, dtype=torch.float64) / T
-    alphas_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+    time = torch.arange(T + 1, dtype=torch.float64) / T
+    alphas_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
 
 
@@ -81,7 +81,8 @@ class Diffusion:
 
     schedule    "linear", "cosine", or betas (a tensor or list, each in (0, 1)), which then set T
     T           number of steps of the process that the network is trained on
-    variance    of p: "learned" (eq. 15), "small" (β̃) or "large" (β)
+    variance    of p: "learned" (eq. 15), "small" (β̃) or "large" (β; at t = 0, as in the released
+                code, β̃ of t = 1)
     steps       run only this many of the T timesteps, evenly spaced with both ends (an int), or
                 just the listed ones: the same process with the betas of eq. 19. None: all of them
     time_scale  the network sees t·time_scale; None: 1000/T, so that it need not know T
@@ -119,19 +120,21 @@ class Diffusion:
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
 
-        # The tables, each (num_steps,): names and formulas are the paper's.
+        # The tables, each (num_steps,), with the paper's formulas.
         alphas_bar = torch.cumprod(1 - betas, 0)[timesteps]
         alphas_bar_prev = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
         alphas = alphas_bar / alphas_bar_prev
         betas = 1 - alphas  # eq. 19; if no step is skipped, the schedule's own
         posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)  # β̃, eq. 10
-        # β̃ is 0 at t = 0, where x_0 is known. The decoder needs a width there: the next step's.
+        # β̃ is 0 at t = 0, where x_0 is known. The decoder needs a width there: the next step's, as
+        # in the released code.
         first = posterior_variance[1:2] if len(betas) > 1 else betas
         self.alphas_bar, self.alphas_bar_prev, self.betas = alphas_bar, alphas_bar_prev, betas
         self.posterior_variance = posterior_variance
         self.sqrt_alphas_bar = alphas_bar.sqrt()
         self.sqrt_one_minus_alphas_bar = (1 - alphas_bar).sqrt()
-        self.posterior_x0 = betas * alphas_bar_prev.sqrt() / (1 - alphas_bar)  # eq. 11
+        # The coefficients of x0 and x_t in eq. 11.
+        self.posterior_x0 = betas * alphas_bar_prev.sqrt() / (1 - alphas_bar)
         self.posterior_x_t = (1 - alphas_bar_prev) * alphas.sqrt() / (1 - alphas_bar)
         self.log_betas = betas.log()
         self.log_small = torch.cat([first, posterior_variance[1:]]).log()
@@ -146,9 +149,12 @@ class Diffusion:
         return self
 
     @staticmethod
-    def _at(table, t, x):
-        """table[t] in the precision of x, shaped to multiply it."""
-        return table[t].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    def _like(values, x):
+        """A value an image, in the precision of x, shaped to multiply it."""
+        return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def _at(self, table, t, x):
+        return self._like(table[t], x)
 
     # -- q: from data to noise
 
@@ -170,13 +176,13 @@ class Diffusion:
         t = torch.full(x0.shape[:1], self.num_steps - 1, device=x0.device)
         mean = self._at(self.sqrt_alphas_bar, t, x0) * x0
         log_variance = self._at(2 * self.sqrt_one_minus_alphas_bar.log(), t, x0)
-        zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
+        zero = mean.new_zeros(())
         return bits(normal_kl(mean, log_variance, zero, zero))
 
     # -- p: from noise to data
 
     def _network(self, model, x_t, t, y):
-        """The model's ε and v (or None), checked for their number of channels."""
+        """The model's ε and v (of no channels if it has none), their number checked."""
         out = model(x_t, self.times[t], y).to(x_t.dtype)
         C = x_t.shape[1]
         if out.shape[1] not in (C, 2 * C) or (self.variance == "learned" and out.shape[1] == C):
@@ -193,7 +199,7 @@ class Diffusion:
         x0_hat = x0_hat / self._at(self.sqrt_alphas_bar, t, x_t)  # eq. 9, solved for x0
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
-        mean, log_small = self.posterior(x0_hat, x_t, t)  # with ε for x0: eq. 13
+        mean, log_small = self.posterior(x0_hat, x_t, t)  # eq. 11; unclipped: eq. 13
         if self.variance == "small":
             return mean, log_small, x0_hat
         if self.variance == "large":
@@ -229,10 +235,12 @@ class Diffusion:
     def losses(self, model, x0, t, y=None, noise=None, objective="hybrid"):
         """The training loss (N,), and for the log T·L_t (N,), whose mean over t estimates L_vlb.
 
-        objective  "simple": L_simple = |ε - ε̂|² / D (eq. 14), which teaches v nothing
+        objective  "simple": L_simple, the mean over C·H·W of (ε - ε̂)² (eq. 14 writes the sum),
+                             which teaches v nothing
                    "vlb":    T·L_t, an estimate of L_vlb in bits per dimension (eq. 4)
                    "hybrid": L_simple + λ·T·L_t, the mean in L_t detached, so that ε learns from
-                             L_simple alone and v from L_vlb alone (eq. 16)
+                             L_simple alone and v from L_vlb alone (eq. 16); λ = 0.001 belongs
+                             to this mean and to bits per dimension
         The predicted x0 is never clipped here: a clipped prediction has no gradient.
         """
         if objective not in ("simple", "hybrid", "vlb"):
@@ -244,9 +252,8 @@ class Diffusion:
         eps, v = self._network(model, x_t, t, y)
         simple = (noise - eps).square().flatten(1).mean(1)
         mean_eps = eps if objective == "vlb" else eps.detach()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and objective != "simple"):
-            # L_vlb is a sum over steps, t one step drawn from them: hence the number of steps.
-            vlb = self.num_steps * self._vlb(x0, x_t, t, mean_eps, v, clip=False)
+        # L_vlb is a sum over steps, t one step drawn from them: hence the number of steps.
+        vlb = self.num_steps * self._vlb(x0, x_t, t, mean_eps, v, clip=False)
         loss = {"simple": simple, "vlb": vlb, "hybrid": simple + LAMBDA * vlb}[objective]
         return loss, vlb.detach()
 
@@ -257,20 +264,23 @@ class Diffusion:
         x0 (N, C, H, W) -> total (N,), terms (N, num_steps), prior (N,); total = Σ terms + prior.
         p None      every L_t: num_steps calls of the model
         p, calls    an unbiased estimate of the total from 1 + calls of them: L_0, and `calls`
-                    timesteps drawn from p (num_steps,), see pilot; the terms not drawn are NaN.
-                    Each image has one t in each of `calls` equal parts of p's mass, and within
-                    a part the N images have one in each of N
+                    timesteps t ≥ 1 drawn from p (num_steps,) > 0, see pilot; the terms not drawn
+                    are NaN. Each image has one t in each of `calls` equal parts of p's mass, and
+                    within a part the N images have one in each of N
         """
+        if (p is None) != (calls is None):
+            raise ValueError("p and calls go together")
         N, device = len(x0), x0.device
         times = torch.arange(self.num_steps, device=device)[:, None].expand(-1, N)
         weights = torch.ones(self.num_steps, device=device)
         if p is not None:
-            place = torch.rand(calls, N, device=device)
-            place += torch.rand(calls, N, device=device).argsort(1)  # one in each of 0 … N-1
-            place = (torch.arange(calls, device=device)[:, None] + place / N) / calls
-            drawn = torch.searchsorted(p.cumsum(0), place.to(p.dtype) * p.sum(), right=True)
-            times = torch.cat([times[:1], drawn.clamp(1, self.num_steps - 1)])
-            weights[1:] /= calls * p[1:]
+            p = p[1:] / p[1:].sum()
+            u = torch.rand(calls, N, device=device)
+            u += torch.rand(calls, N, device=device).argsort(1)  # one in each of 0 … N-1
+            u = (torch.arange(calls, device=device)[:, None] + u / N) / calls
+            drawn = 1 + torch.searchsorted(p.cumsum(0), u.to(p.dtype), right=True)
+            times = torch.cat([times[:1], drawn.clamp(max=self.num_steps - 1)])
+            weights[1:] /= calls * p
         total = prior = self.prior(x0)
         terms = x0.new_full((N, self.num_steps), math.nan)
         for t in tqdm(times, "bits/dim", disable=not progress, leave=False):
@@ -285,20 +295,22 @@ class Diffusion:
         """What bits_per_dim draws t from: p (num_steps,) ∝ sqrt(E[L_t²]), 0 at t = 0.
 
         L_t is measured on the images x0 at `points` timesteps, its logarithm interpolated.
+        Raises ValueError for a process of fewer than 3 steps.
         """
-        last = self.num_steps - 1
-        spread = torch.linspace(0, 1, points // 2, dtype=torch.float64)
-        knots = torch.cat([last**spread, 1 + (last - 1) * spread]).round().long().unique()
+        if (last := self.num_steps - 1) < 2:
+            raise ValueError("so few steps need no pilot: compute every term")
+        fractions = torch.linspace(0, 1, points // 2, dtype=torch.float64)
+        knots = torch.cat([last**fractions, 1 + (last - 1) * fractions]).round().long().unique()
         rms = []
         for knot in knots.tolist():
             t = torch.full(x0.shape[:1], knot, device=x0.device)
             x_t = self.add_noise(x0, t, torch.randn_like(x0))
             rms.append(self.vlb_term(model, x0, x_t, t, y).square().mean().sqrt())
-        height = torch.stack(rms).cpu().double().clamp(min=1e-12).log()
+        log_rms = torch.stack(rms).cpu().double().clamp(min=1e-12).log()
         t = torch.arange(1, self.num_steps)
         right = torch.searchsorted(knots, t).clamp(min=1)
-        way = (t - knots[right - 1]) / (knots[right] - knots[right - 1])
-        p = torch.lerp(height[right - 1], height[right], way.double()).exp()
+        fraction = (t - knots[right - 1]) / (knots[right] - knots[right - 1])
+        p = torch.lerp(log_rms[right - 1], log_rms[right], fraction.double()).exp()
         p = 0.98 * p / p.sum() + 0.02 / last  # no t is so rare that its weight spoils the estimate
         return torch.cat([p.new_zeros(1), p]).to(self.betas)
 
@@ -306,18 +318,20 @@ class Diffusion:
 
     def _ddim(self, x_t, t, x0_hat, eta):
         """Mean and standard deviation of a DDIM step (Song et al. 2021, eq. 12 and 16)."""
-        alphas_bar = self._at(self.alphas_bar, t, x_t)
-        alphas_bar_prev = self._at(self.alphas_bar_prev, t, x_t)
-        eps = (x_t - alphas_bar.sqrt() * x0_hat) / (1 - alphas_bar).sqrt()
-        variance = eta**2 * self._at(self.posterior_variance, t, x_t)
-        mean = alphas_bar_prev.sqrt() * x0_hat + (1 - alphas_bar_prev - variance).sqrt() * eps
-        return mean, variance.sqrt()
+        eps = x_t - self._at(self.sqrt_alphas_bar, t, x_t) * x0_hat
+        eps = eps / self._at(self.sqrt_one_minus_alphas_bar, t, x_t)
+        before, variance = self.alphas_bar_prev[t], eta**2 * self.posterior_variance[t]  # float64
+        mean = self._like(before.sqrt(), x_t) * x0_hat
+        mean = mean + self._like((1 - before - variance).clamp(min=0).sqrt(), x_t) * eps
+        return mean, self._like(variance.sqrt(), x_t)
 
     @torch.no_grad()
     def trajectory(
         self, model, noise, y=None, method="ancestral", eta=0.0, clip=True, generators=None
     ):
-        """Yield (i, x_{i-1}, x0_hat) for i = num_steps-1 … 0, from x_T = noise (N, C, H, W).
+        """Yield (i, x after step i, x0_hat) for i = num_steps-1 … 0, from noise (N, C, H, W).
+
+        The x of i = 0 is the image. Raises ValueError for another method or eta.
 
         method      "ancestral": draw from p(x_{t-1} | x_t); "ddim": eta 0 (no noise) … 1
         generators  one torch.Generator an image, on the device of noise: then an image does not
@@ -325,6 +339,8 @@ class Diffusion:
         """
         if method not in ("ancestral", "ddim"):
             raise ValueError(f"method must be ancestral or ddim, not {method!r}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 … 1, not {eta}")
         x = noise
         for i in reversed(range(self.num_steps)):
             t = torch.full(x.shape[:1], i, device=x.device)

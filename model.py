@@ -8,9 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import pickle
 import zipfile
-import zlib
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from torch import nn
 class UNetConfig:
     """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters)."""
 
-    image_size: int = 32  # pixels a side; halved by each step of channel_mult but the last
+    image_size: int = 32  # pixels a side; halved between the entries of channel_mult
     in_channels: int = 3  # C
     out_channels: int = 6  # C for ε alone, 2C for ε and v
     channels: int = 128  # width at the full resolution
@@ -30,23 +28,19 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (16, 8)  # pixels a side at which blocks attend
     num_heads: int = 4
     dropout: float = 0.3
-    num_classes: int | None = None
+    num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
 
     def __post_init__(self):
-        sizes = [self.image_size >> level for level in range(len(self.channel_mult))]
-        if self.image_size != sizes[-1] << len(sizes) - 1:
-            raise ValueError(f"image size {self.image_size}: no multiple of {2 ** len(sizes) // 2}")
+        sizes = [self.image_size >> level for level in range(len(self.channel_mult) or 1)]
+        if not self.channel_mult or self.image_size != sizes[-1] << len(sizes) - 1:
+            raise ValueError(f"image size {self.image_size} cannot be halved at {self.channel_mult}")
         if unknown := set(self.attention_resolutions) - set(sizes):
             raise ValueError(f"no attention at resolution {unknown.pop()}: there are {sizes}")
-        for size, mult in zip(sizes, self.channel_mult):
-            attends = size in (*self.attention_resolutions, sizes[-1])
-            if attends and self.channels * mult % self.num_heads:
-                raise ValueError(f"{self.num_heads} heads for {self.channels * mult} channels")
 
 
 def group_norm(channels):
-    """The paper's GroupNorm(32), or with the most groups below 32 that divide the channels."""
+    """The paper's GroupNorm(32), or with the most groups, at most 32, that divide the channels."""
     groups = max(g for g in range(1, 33) if channels % g == 0)
     if groups < 4:
         raise ValueError(f"{channels} channels have no 4 … 32 groups to norm: use a multiple of 8")
@@ -92,6 +86,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels, num_heads):
         super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{num_heads} heads for {channels} channels")
         self.num_heads = num_heads
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -123,17 +119,21 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c, emb = config, 4 * config.channels
+        c, emb_channels = config, 4 * config.channels
 
-        def stage(in_channels, out_channels, size, *more):
-            layers = [ResBlock(in_channels, out_channels, emb, c.dropout, c.scale_shift_norm)]
+        def stage(in_channels, out_channels, size):
+            layers = [
+                ResBlock(in_channels, out_channels, emb_channels, c.dropout, c.scale_shift_norm)
+            ]
             if size in c.attention_resolutions:
                 layers.append(Attention(out_channels, c.num_heads))
-            return Stage(*layers, *more)
+            return Stage(*layers)
 
-        self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(
+            nn.Linear(c.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
         if c.num_classes is not None:
-            self.label_emb = nn.Embedding(c.num_classes, emb)
+            self.label_emb = nn.Embedding(c.num_classes, emb_channels)
         self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, c.channels, 3, padding=1))])
         skips = [c.channels]  # channels of each output on the way down, to be joined on the way up
         for level, mult in enumerate(c.channel_mult):
@@ -147,12 +147,12 @@ class UNet(nn.Module):
         self.middle = Stage(*stage(ch, ch, None), Attention(ch, c.num_heads), *stage(ch, ch, None))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
-            for i in range(c.num_res_blocks + 1):
-                width, ends = mult * c.channels, level > 0 and i == c.num_res_blocks
-                conv = nn.Conv2d(width, width, 3, padding=1)
-                more = [nn.Sequential(nn.Upsample(scale_factor=2.0), conv)] if ends else []
-                self.up.append(stage(ch + skips.pop(), width, c.image_size >> level, *more))
-                ch = width
+            for _ in range(c.num_res_blocks + 1):
+                self.up.append(stage(ch + skips.pop(), mult * c.channels, c.image_size >> level))
+                ch = mult * c.channels
+            if level > 0:
+                conv = nn.Conv2d(ch, ch, 3, padding=1)
+                self.up[-1].append(nn.Sequential(nn.Upsample(scale_factor=2.0), conv))
         last = nn.Conv2d(ch, c.out_channels, 3, padding=1)
         self.out = nn.Sequential(group_norm(ch), nn.SiLU(), last)
         for name, parameter in self.named_parameters():
@@ -224,33 +224,32 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """The dict in a checkpoint, its checksums verified. Raises ValueError, or OSError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError(f"{path} is damaged: a checksum is wrong")
+        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"wrong checksum of {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from e
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no checkpoint, but a {type(state).__name__}")
-    if state.get("format", 0) > FORMAT:
-        raise ValueError(f"{path} was written by a newer version: format {state['format']}")
+    if state.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
     return state
 
 
 def openai_config(state, num_heads):
     """The UNetConfig of improved-diffusion's tensors, under our names."""
     channels = len(state["down.0.0.weight"])
-    stages = range(1, 1 + max(int(n.split(".")[1]) for n in state if n.startswith("down.")))
-    # A stage between two resolutions has a convolution alone: width 0 here.
-    widths = [len(state.get(f"down.{i}.0.conv1.weight", ())) // channels for i in stages]
-    blocks = (widths + [0]).index(0)
-    mult = tuple(widths[:: blocks + 1])
+    # A convolution alone stands before the blocks of each resolution: here the blocks' first.
+    first = [i + 1 for i in range(len(state)) if f"down.{i}.0.weight" in state]
+    mult = tuple(len(state[f"down.{i}.0.conv1.weight"]) // channels for i in first)
     size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
-    attends = {i // (blocks + 1) for i in stages if f"down.{i}.1.qkv.weight" in state}
+    attention = [size >> k for k, i in enumerate(first) if f"down.{i}.1.qkv.weight" in state]
     return UNetConfig(
         image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
-        channel_mult=mult, num_res_blocks=blocks, dropout=0.0, num_heads=num_heads,
-        attention_resolutions=tuple(size >> level for level in sorted(attends)),
+        channel_mult=mult, num_res_blocks=first[1] - 2, dropout=0.0, num_heads=num_heads,
+        attention_resolutions=tuple(attention),
         num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
         scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
     )  # fmt: skip
@@ -263,28 +262,26 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
     UNet need the arguments after path. Raises OSError, or ValueError if it is damaged or foreign.
     """
     state = read_checkpoint(path)
-    if "format" in state:
-        try:
+    try:
+        if "format" in state:
             model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
             model.load_state_dict(state["ema"])
             return model.eval(), process
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} holds no network of this code's") from error
-    for theirs, ours in OPENAI_NAMES.items():
-        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-    known = OPENAI_FILES.get(os.path.basename(path))
-    schedule, T, time_scale, num_heads = known or (schedule, T, time_scale, num_heads)
-    if "down.0.0.weight" not in state:
-        raise ValueError(f"{path} holds neither a network of ours nor of improved-diffusion")
-    if state["down.0.0.weight"].shape[1] != 3:
-        raise ValueError(f"{path}: upsamplers are not supported")
+        for theirs, ours in OPENAI_NAMES.items():
+            state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+        known = OPENAI_FILES.get(os.path.basename(path))
+        schedule, T, time_scale, num_heads = known or (schedule, T, time_scale, num_heads)
+        if state["down.0.0.weight"].shape[1] != 3:
+            raise ValueError(f"{path}: upsamplers are not supported")
+        model = UNet(openai_config(state, num_heads))
+        # Their attention's 1×1 convolutions (C', C, 1) are our linear layers (C', C).
+        model.load_state_dict({n: v.squeeze(2) if v.ndim == 3 else v for n, v in state.items()})
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
     if schedule is None or T is None:
         raise ValueError(f"{path} does not say its process: give --schedule and --T")
-    model = UNet(openai_config(state, num_heads))
-    # Their attention's 1×1 convolutions (C', C, 1) are our linear layers (C', C).
-    model.load_state_dict({n: v.squeeze(2) if v.ndim == 3 else v for n, v in state.items()})
-    arguments = {"schedule": schedule, "T": T, "variance": "learned", "time_scale": time_scale}
-    return model.eval(), arguments
+    variance = "learned" if model.config.out_channels == 6 else "large"
+    return model.eval(), dict(schedule=schedule, T=T, variance=variance, time_scale=time_scale)
 
 
 # ---- Devices -----------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def main():
     if WORLD > 1:
         dist.init_process_group("gloo")  # for finished images; drawing them needs no exchange
 
-    about = {"checkpoint": path, "steps": str(steps)}
-    about |= {key: str(vars(args)[key]) for key in ("seed", "method", "variance", "eta", "class")}
+    about = {"checkpoint": path, "steps": str(steps), "variance": process["variance"]}
+    about |= {key: str(vars(args)[key]) for key in ("seed", "method", "eta", "class")}
     png = PngInfo()
     for key, value in about.items():
         png.add_text(key, value)

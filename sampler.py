@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def gather(values):
-    """The 1-D tensors of all ranks, of whatever lengths, in the order of ranks -> one tensor."""
+    """The tensors of all ranks, of whatever lengths, one after the other -> one tensor."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     # The host's lengths travel on the host where they can, so that it need not wait for the device.
@@ -17,7 +17,7 @@ def gather(values):
     lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
     lengths = torch.cat(lengths).tolist()
-    padded = values.new_zeros(max(lengths))
+    padded = values.new_zeros(max(lengths), *values.shape[1:])
     padded[: len(values)] = values
     rows = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(rows, padded)
@@ -25,19 +25,20 @@ def gather(values):
 
 
 class UniformSampler:
-    """Every t in 0 … T-1 equally often; all weights 1."""
+    """Every t in 0 … T-1 equally often; all weights 1. T is the process's num_steps."""
 
     def __init__(self, T):
-        self.T = T
+        self.T, self.device = T, "cpu"
 
     def to(self, device):
+        """Draw on a device, which a generator must be on too. Returns self."""
+        self.device = device
         return self
 
     def sample(self, n, generator=None):
-        """Draw t (n,) int64 and weights (n,), on the generator's device (None: the CPU)."""
-        device = generator.device if generator else "cpu"
-        t = torch.randint(self.T, (n,), generator=generator, device=device)
-        return t, torch.ones(n, device=device)
+        """Draw t (n,) int64 and weights (n,)."""
+        t = torch.randint(self.T, (n,), generator=generator, device=self.device)
+        return t, torch.ones(n, device=self.device)
 
     def update(self, t, losses):
         """Nothing to learn from the losses."""
@@ -52,8 +53,8 @@ class UniformSampler:
 class ImportanceSampler:
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
 
-    Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform, so
-    that no t is forgotten. The weights 1 / (T·p_t) keep weighted means unbiased.
+    Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform (as in
+    the released code), so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased.
     """
 
     def __init__(self, T, history=10, uniform=0.001):
@@ -81,17 +82,18 @@ class ImportanceSampler:
         return t, 1 / (self.T * p[t])
 
     def update(self, t, losses):
-        """Add losses (n,), unweighted, at timesteps t (n,). All ranks must call; all see all.
+        """Add losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks must call.
 
         Losses that are not finite are left out.
         """
-        t, losses = gather(t), gather(losses.float())
+        t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
+        t = t.long()
         t, order = torch.where(losses.isfinite(), t, self.T).sort(stable=True)
         seen = torch.zeros_like(self.counts).scatter_add_(0, t, torch.ones_like(t))
-        # Within its group of equal t, each loss has a rank; only the last `history` may stay.
-        rank = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
-        row = torch.where(rank >= seen[t] - self.history, t, self.T)
-        self.losses[row, (self.counts[t] + rank) % self.history] = losses[order]
+        # Each loss has a place in its group of equal t; only the last `history` of them may stay.
+        place = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
+        row = torch.where(place >= seen[t] - self.history, t, self.T)
+        self.losses[row, (self.counts[t] + place) % self.history] = losses[order]
         self.losses[self.T] = 0
         self.counts += seen
 
@@ -101,7 +103,7 @@ class ImportanceSampler:
     def load_state_dict(self, state):
         """Raises ValueError if the state belongs to another T or history."""
         if state["losses"].shape != (self.T, self.history):
-            raise ValueError("the history of losses belongs to another T")
+            raise ValueError("the history of losses is another T's, or of another length")
         self.losses[: self.T] = state["losses"]
         self.counts[: self.T] = state["counts"]
 

@@ -318,8 +318,19 @@ def test_the_loss_does_not_clip_x0():
 def test_hybrid_needs_a_learned_variance():
     with pytest.raises(ValueError, match="hybrid needs variance learned"):
         Diffusion(variance="small").loss(None, images(1), torch.tensor([0]))
-    with pytest.raises(ValueError, match="objective must be"):
-        Diffusion().loss(None, images(1), torch.tensor([0]), objective="mse")
+
+
+def test_wrong_arguments_of_the_process_are_refused():
+    diffusion, x0 = Diffusion(), images(1)
+    for message, wrong in {
+        "objective must be": lambda: diffusion.loss(None, x0, torch.tensor([0]), objective="mse"),
+        "p and calls": lambda: diffusion.bits_per_dim(None, x0, calls=5),
+        "every term": lambda: Diffusion(T=2).pilot(None, x0),
+        "method must be": lambda: next(diffusion.trajectory(None, x0, method="euler")),
+        "eta must be": lambda: next(diffusion.trajectory(None, x0, eta=2.0)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 def gaussian_data(diffusion):
@@ -440,6 +451,8 @@ def test_few_calls_estimate_the_bound_without_bias_and_two_estimates_tell_their_
     assert (abs(seen[1:] - expected) < 5 * expected.sqrt() + 5).all()
     means = totals.mean((1, 2))
     assert abs(means.mean() - exact.mean()) < 4 * means.std() / repeats**0.5 + 0.001 * exact.mean()
+    double = torch.stack([diffusion.bits_per_dim(model, x0, None, 2 * p, 20)[0] for _ in range(20)])
+    assert abs(double.mean() - exact.mean()) < 0.02 * exact.mean()  # p is normalised
     errors = ((totals[:, 0] - totals[:, 1]) / 2).norm(dim=1) / N
     inside = (abs(means - exact.mean()) < 1.96 * errors).double().mean()
     assert 0.9 < inside and 0.8 < errors.square().mean().sqrt() / means.std() < 1.5
@@ -646,11 +659,11 @@ def test_groups_of_the_norm_divide_the_channels():
 @pytest.mark.parametrize(
     "changes, message",
     [(dict(image_size=30), "image size 30"), (dict(attention_resolutions=(5,)), "resolution 5"),
-     (dict(num_heads=3), "3 heads")],
+     (dict(num_heads=3), "3 heads"), (dict(channel_mult=()), "image size 32")],
 )  # fmt: skip
 def test_impossible_networks_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        UNetConfig(**changes)
+        UNet(UNetConfig(**changes))
 
 
 def test_the_network_compiles_as_one_graph():
@@ -693,6 +706,9 @@ def test_damaged_foreign_and_newer_files_are_refused(tmp_path, monkeypatch):
     torch.save([1, 2], "list")
     torch.save({"some": torch.ones(1)}, "foreign")
     torch.save({"format": 1, "unet": {"depth": 3}}, "strange")
+    torch.save({"format": "pt"}, "other format")
+    torch.save({"input_blocks.0.0.weight": torch.ones(8, 3, 3, 3)}, "incomplete")
+    torch.save({7: 8}, "numbers")
     for name, content in {"cut": good[:-100], "half": good[: len(good) // 2], "empty": b"",
                           "text": b"hello", "pickle": pickle.dumps(Malicious())}.items():  # fmt: skip
         open(name, "wb").write(content)
@@ -785,6 +801,8 @@ def test_other_plain_state_dicts_need_their_process(tmp_path):
         load_checkpoint(tmp_path / "mine.pt")
     loaded, process = load_checkpoint(tmp_path / "mine.pt", "linear", 500, num_heads=2)
     assert loaded.config == model.config and process["T"] == 500
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_checkpoint(tmp_path / "old.pt", "linear", 500, num_heads=2)[0].config == model.config
     state["input_blocks.0.0.weight"] = torch.zeros(16, 6, 3, 3)
     torch.save(state, tmp_path / "upsample_cond_500K.pt")
     with pytest.raises(ValueError, match="not supported"):
@@ -1268,7 +1286,7 @@ BAD_TRAIN = """
     --eval-images=0 --eval-images=x --eval-steps=0 --eval-steps=x --eval-calls=0 --eval-calls=x
     --ckpt=x.pt --eval-only --class-cond=yes --data=train.py --out=file --out=file/deeper
     --init=file --batch=1|--accum=2 --objective=hybrid|--variance=small --eval-only|--ckpt=nowhere.pt
-    --eval-only|--ckpt=file --eval-only|--ckpt=. --eval-only|--ckpt=CKPT|--eval-steps=21
+    --channel-mult=none --eval-only|--ckpt=file --eval-only|--ckpt=. --eval-only|--ckpt=CKPT|--eval-steps=21
 """.split()
 BAD_SAMPLE = """
     --n=0 --n=-1 --n=x --n=99999 --steps=0 --steps=21 --steps=x --method=euler --eta=1 --seed=-1
