@@ -34,7 +34,7 @@ class UNetConfig:
     def __post_init__(self):
         sizes = [self.image_size >> level for level in range(len(self.channel_mult) or 1)]
         if not self.channel_mult or self.image_size != sizes[-1] << len(sizes) - 1:
-            raise ValueError(f"image size {self.image_size} cannot be halved at {self.channel_mult}")
+            raise ValueError(f"image size {self.image_size} is not halved by {self.channel_mult}")
         if unknown := set(self.attention_resolutions) - set(sizes):
             raise ValueError(f"no attention at resolution {unknown.pop()}: there are {sizes}")
 
@@ -58,12 +58,12 @@ def timestep_embedding(t, channels, max_period=10_000):
 class ResBlock(nn.Module):
     """(N, in_channels, H, W) and a time embedding (N, D) -> (N, out_channels, H, W)."""
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift_norm):
+    def __init__(self, in_channels, out_channels, emb_dim, dropout, scale_shift_norm):
         super().__init__()
         self.scale_shift_norm = scale_shift_norm
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_channels, (2 if scale_shift_norm else 1) * out_channels)
+        self.emb = nn.Linear(emb_dim, (2 if scale_shift_norm else 1) * out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -119,21 +119,19 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c, emb_channels = config, 4 * config.channels
+        c, emb_dim = config, 4 * config.channels
 
         def stage(in_channels, out_channels, size):
-            layers = [
-                ResBlock(in_channels, out_channels, emb_channels, c.dropout, c.scale_shift_norm)
-            ]
+            layers = [ResBlock(in_channels, out_channels, emb_dim, c.dropout, c.scale_shift_norm)]
             if size in c.attention_resolutions:
                 layers.append(Attention(out_channels, c.num_heads))
             return Stage(*layers)
 
         self.time_embed = nn.Sequential(
-            nn.Linear(c.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(c.channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
         )
         if c.num_classes is not None:
-            self.label_emb = nn.Embedding(c.num_classes, emb_channels)
+            self.label_emb = nn.Embedding(c.num_classes, emb_dim)
         self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, c.channels, 3, padding=1))])
         skips = [c.channels]  # channels of each output on the way down, to be joined on the way up
         for level, mult in enumerate(c.channel_mult):
@@ -222,7 +220,8 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint, its checksums verified. Raises ValueError, or OSError."""
+    """The dict in a checkpoint or in a run's, its checksums verified. ValueError, or OSError."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
         if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"wrong checksum of {broken}")

@@ -73,6 +73,8 @@ def parse(argv):
         if isinstance(value, int | float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
     kind = os.path.splitext(args.out)[1].lower()
+    if not args.out:
+        fail("--out must not be empty", 2)
     if args.eta and args.method != "ddim":
         fail("--eta is for --method ddim", 2)
     if kind not in (".png", ".gif", ".npz", "") or (kind and os.path.isdir(args.out)):
@@ -93,7 +95,7 @@ def find_checkpoint(path):
         if not found:
             fail("no checkpoint in runs/ or assets/: run train.py first, or give --ckpt")
         return found[-1]
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    return path
 
 
 def to_uint8(x):
@@ -119,6 +121,8 @@ def write(path, save, *args, **kwargs):
         with open(path + ".tmp", "wb") as file:
             save(file, *args, **kwargs)
         os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
@@ -126,9 +130,9 @@ def write(path, save, *args, **kwargs):
 
 def is_done(path, about):
     """Whether an earlier call drew this PNG. Fails if it did so with other settings."""
-    with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
+    with contextlib.suppress(OSError), Image.open(path) as image:
         for key, value in about.items():
-            if image.info.get(key) != value:
+            if key != "checkpoint" and image.info.get(key) != value:
                 fail(f"{path} was drawn with another {key}: take another --out")
         return True
     return False
@@ -154,16 +158,20 @@ def main():
         dist.init_process_group("gloo")  # for finished images; drawing them needs no exchange
 
     about = {"checkpoint": path, "steps": str(steps), "variance": process["variance"]}
+    about["weights"] = f"{sum(p.double().abs().sum().item() for p in model.parameters()):.17g}"
     about |= {key: str(vars(args)[key]) for key in ("seed", "method", "eta", "class")}
     png = PngInfo()
     for key, value in about.items():
         png.add_text(key, value)
     files = [os.path.join(args.out, f"{i:06}.png") for i in range(args.n)]
-    os.makedirs(os.path.dirname(os.path.abspath(args.out if kind else files[0])), exist_ok=True)
-    todo = [i for i in range(args.n) if kind or not is_done(files[i], about)]
-    mine, batch = todo[RANK::WORLD], args.batch
+    folder = os.path.dirname(os.path.abspath(args.out if kind else files[0]))
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        fail(f"--out {args.out}: cannot write there")
+    mine = [i for i in range(RANK, args.n, WORLD) if kind or not is_done(files[i], about)]
+    batch = args.batch
     if kind == ".gif":  # its frames hold all images
-        mine, batch = todo * (RANK == 0), args.n
+        mine, batch = list(range(args.n)) * (RANK == 0), args.n
     images, frames = np.zeros((args.n if kind else 0, size, size, 3), np.uint8), []
     starts = range(0, len(mine), batch)
     screen = sys.stderr if TTY and RANK == 0 else open(os.devnull, "w")

@@ -1274,16 +1274,16 @@ def test_ctrl_c_leaves_no_half_file(trained, here):
 
 BAD_TRAIN = """
     --steps=0 --steps=-1 --steps=x --steps=1e3 --batch=0 --batch=-4 --batch=x --accum=0 --accum=x
-    --image-size=0 --image-size=x --image-size=-8 --image-size=15 --objective=mse --objective=
+    --image-size=0 --image-size=x --image-size=-8 --image-size=4 --image-size=15 --out= --data= --objective=mse --objective=
     --schedule=sigmoid --T=1 --T=0 --T=x --T=999999999 --variance=fixed --t-sampler=best
-    --channels=0 --channels=-1 --channels=x --channels=7 --channels=37 --device=cuda --device=mps --channel-mult=0
+    --channels=0 --channels=-1 --channels=x --channels=7 --channels=37 --channels=1000000000 --device=cuda --device=mps --channel-mult=0
     --channel-mult=1,,2 --channel-mult=x --channel-mult=1,-2 --num-res-blocks=0 --num-res-blocks=x
     --attention=5 --attention=x --attention=16,8,64 --num-heads=0 --num-heads=3 --num-heads=x
     --dropout=-0.1 --dropout=1 --dropout=x --dropout=nan --lr=-1 --lr=x --lr=nan --lr=2
     --warmup=-1 --warmup=x --ema=-0.1 --ema=1.1 --ema=x --ema=nan --grad-clip=-1 --grad-clip=x
     --seed=-1 --seed=x --seed=99999999999 --device=gpu --dtype=fp16 --log-every=0 --log-every=x
     --sample-every=0 --save-every=0 --save-every=x --unknown --data --data=nowhere --init=nowhere.pt
-    --eval-images=0 --eval-images=x --eval-steps=0 --eval-steps=x --eval-calls=0 --eval-calls=x
+    --data=cifar10|--image-size=16 --eval-images=0 --eval-images=1 --eval-images=x --eval-steps=0 --eval-steps=x --eval-calls=0 --eval-calls=x
     --ckpt=x.pt --eval-only --class-cond=yes --data=train.py --out=file --out=file/deeper
     --init=file --batch=1|--accum=2 --objective=hybrid|--variance=small --eval-only|--ckpt=nowhere.pt
     --channel-mult=none --eval-only|--ckpt=file --eval-only|--ckpt=. --eval-only|--ckpt=CKPT|--eval-steps=21
@@ -1291,7 +1291,7 @@ BAD_TRAIN = """
 BAD_SAMPLE = """
     --n=0 --n=-1 --n=x --n=99999 --steps=0 --steps=21 --steps=x --method=euler --eta=1 --seed=-1
     --eta=2|--method=ddim --eta=x --class=10 --class=-1 --class=x --seed=x --batch=0 --batch=x
-    --out=x.jpg --out=folder.png --out=file/x.png --out=file/x --ckpt=nowhere --ckpt=file
+    --out=x.jpg --out= --out=folder.png --out=file/x.png --out=file/x --ckpt=nowhere --ckpt=file
     --ckpt=. --device=cuda --device=gpu --dtype=fp16 --T=1 --num-heads=0 --schedule=x --unknown
 """.split()
 

@@ -41,6 +41,7 @@ from sampler import T_SAMPLERS, gather
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TTY = sys.stderr.isatty()
+Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
 
 
 def say(message):
@@ -49,7 +50,8 @@ def say(message):
 
 
 def fail(message, status=1):
-    say(f"train.py: error: {message}")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # what is wrong may be wrong on one node alone
+        tqdm.write(f"train.py: error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -67,9 +69,11 @@ NETWORK = "image_size channels channel_mult num_res_blocks attention_resolutions
 PROCESS = "schedule T variance time_scale".split()
 # What may differ when a run goes on: where, how long and how fast it computes, not what.
 FREE = "steps accum device dtype compile log_every sample_every save_every out init".split()
+FREE += "eval_images eval_steps eval_calls".split()
 # Numbers are at least 1 if whole, 0 … 1 if not, but for these.
 LIMITS = dict(T=(2, 10**5), seed=(0, 2**32 - 1), warmup=(0, 10**9), grad_clip=(0, 1e9),
-              dropout=(0, 0.99), eval_calls=(5, 10**6))  # fmt: skip
+              dropout=(0, 0.99), image_size=(8, 4096), channels=(1, 4096), eval_images=(2, 10**9),
+              eval_calls=(5, 10**6))  # fmt: skip
 
 
 def integers(text):
@@ -116,7 +120,7 @@ def configure(argv):
     add("--init", metavar="FILE", help="checkpoint whose weights to start from")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", action=switch, default=False, help="torch.compile the network")
     add("--log-every", type=int, default=100, metavar="N", help="updates a row of log.csv")
     add("--sample-every", type=int, default=10_000, metavar="N", help="updates a grid of samples")
     add("--save-every", type=int, default=1_000, metavar="N", help="updates a checkpoint")
@@ -144,6 +148,10 @@ def configure(argv):
             low, high = LIMITS.get(name, (0, 1) if isinstance(value, float) else (1, 10**9))
             if type(value) in (int, float) and not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
+            if value == "":
+                fail(f"--{name.replace('_', '-')} must not be empty", 2)
+    if "data" in given:
+        given["data"] = os.path.normpath(data)  # DIR/ is DIR
     out = given.setdefault("out", os.path.join("runs", os.path.basename(os.path.abspath(data))))
     path, state = os.path.join(out, "ckpt.pt"), {}
     config = vars(flags.parse_args([])) | {"time_scale": None}  # 1000/T, or that of --init
@@ -155,7 +163,7 @@ def configure(argv):
         fail("--ckpt is for --eval-only: training goes on in --out, or starts from --init", 2)
     if os.path.exists(path):
         state = read_checkpoint(path)
-        if "config" not in state:
+        if not isinstance(state.get("config"), dict):
             fail(f"{path} holds weights, but no run to go on with: take another --out")
         config |= state["config"]
         for name in given.keys() - FREE:
@@ -200,6 +208,8 @@ def read_image(path, size):
     """The centre square of an image file as uint8 (3, size, size), or None if it is broken."""
     try:
         with Image.open(path) as image:
+            if image.mode == "F":  # of no known range
+                return None
             image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel
@@ -215,17 +225,19 @@ def read_image(path, size):
 
 def list_images(root):
     """Sorted paths, from root on, of the images below it; on its first level links are followed."""
-    tops = [root, *(entry.path for entry in os.scandir(root) if entry.is_symlink())]
+    links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]
+    here = os.path.realpath(root)
+    tops = [root, *(link for link in links if not here.startswith(os.path.realpath(link)))]
     files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
     return sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
 
 
 @contextlib.contextmanager
-def locked(path, wait=True):
-    """Hold a lock file among the processes of this machine. Raises BlockingIOError, or waits."""
+def locked(path):
+    """Hold a lock file, for which the other processes of this machine wait."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -252,7 +264,8 @@ def load_folder(root, size):
                         good.append(path)
             if broken := sorted(set(paths) - set(good)):
                 some = ", ".join(broken[:5]) + ", …" * (len(broken) > 5)
-                say(f"left out {len(broken)} of {len(paths)} images, which are broken: {some}")
+                message = f"left out {len(broken)} of {len(paths)} images, which are broken: {some}"
+                tqdm.write(message, file=sys.stderr)  # one process decodes, whichever comes first
             with open(f"{cache}.tmp/paths.json", "w") as file:
                 json.dump(good, file)
             os.rename(cache + ".tmp", cache)
@@ -269,6 +282,8 @@ def load_data(config, held_out=False):
     if config.data == "digits":
         images, labels = draw_digits(20_000, config.image_size, config.seed + 2**32 * held_out)
     elif config.data == "cifar10":
+        if config.image_size != 32:
+            raise ValueError(f"--data cifar10: its images are of 32 pixels, not {config.image_size}")
         try:
             with locked("data/cifar10.lock"), contextlib.redirect_stdout(sys.stderr):
                 data = CIFAR10("data", train=not held_out, download=True)
@@ -280,7 +295,7 @@ def load_data(config, held_out=False):
         names, labels = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
         classes = len(names)
         if config.class_cond and (loose := [f for f in names if f.lower().endswith(SUFFIXES)]):
-            raise ValueError(f"--class-cond: {loose[0]} in {config.data} is in no subfolder")
+            raise ValueError(f"{loose[0]} in {config.data} is in no subfolder and so has no class")
     else:
         fail(f"--data {config.data}: neither digits, nor cifar10, nor a folder", 2)
     return images, *((labels, classes) if config.class_cond else (None, None))
@@ -352,6 +367,12 @@ def draw_grid(path, seed, diffusion, ema, device, autocast):
     os.replace(path + ".tmp", path)
 
 
+def check_classes(model, classes, data):
+    if model.config.num_classes != classes:
+        ours = model.config.num_classes or "no"
+        raise ValueError(f"--data {data} has {classes or 'no'} classes, the network {ours}")
+
+
 def train(config, state, device, autocast):
     """Train to config.steps. `state` may hold a whole checkpoint, weights alone, or nothing."""
     images, labels, classes = load_data(config)
@@ -360,8 +381,7 @@ def train(config, state, device, autocast):
     unet |= dict(out_channels=6 if config.variance == "learned" else 3, num_classes=classes)
     torch.manual_seed(config.seed)
     model = UNet(UNetConfig(**state.get("unet", unet)))
-    if model.config.num_classes != classes:
-        fail(f"{config.data} has {classes or 'no'} classes, the network {model.config.num_classes}")
+    check_classes(model, classes, config.data)
     diffusion = Diffusion(**process).to(device)
     preview = Diffusion(**process, steps=min(config.T, 100)).to(device)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
@@ -381,16 +401,24 @@ def train(config, state, device, autocast):
 
     # Since the last row of the log: loss, bits/dim, gradient norm, steps, skipped steps.
     sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
+    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
+    lock = open(os.path.join(config.out, ".lock"), "w")
+    try:
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {config.out}: take another --out")
     stop, bar = catch_signals(), tqdm(
         total=config.steps * config.batch, initial=start * config.batch, unit=" images",
         unit_scale=True, file=sys.stderr if TTY and RANK == 0 else open(os.devnull, "w"),
+        bar_format="{desc}, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
     )  # fmt: skip
     batch = load_batch(config, images, labels, t_sampler, start, device)
-    for step in range(start, config.steps + 1):  # so many steps are done
+    for step in range(start, max(start, config.steps) + 1):  # so many steps are done
         stopping = stop.clone()
         if WORLD > 1:
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # on the CPU: the device does not wait
-        stopping, last, new = int(stopping), step == config.steps, step > start
+        stopping, last, new = int(stopping), step >= config.steps, step > start
         saves = new and (last or stopping or step % config.save_every == 0)
         if saves or new and step % config.log_every == 0:
             if WORLD > 1:
@@ -404,7 +432,7 @@ def train(config, state, device, autocast):
                 with open(os.path.join(config.out, "log.csv"), "w") as file:
                     file.write(log)
             sums.zero_()
-            bar.set_postfix_str(f"step {step}, loss {loss:.4f}, {bits:.3f} bits/dim")
+            bar.set_description_str(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim")
             if not TTY:
                 say(str(bar))
             if skipped_in_a_row >= 100:
@@ -476,7 +504,8 @@ def evaluate(config, device, autocast):
     diffusion = Diffusion(**process).to(device)
     config.image_size = model.to(device).config.image_size
     config.class_cond = model.config.num_classes is not None
-    images, labels, _ = load_data(config, held_out=True)
+    images, labels, classes = load_data(config, held_out=True)
+    check_classes(model, classes, config.data)
     n = min(config.eval_images, len(images))
     rows = epoch_order(config.seed, 0, len(images))[:n]
     exact, p = config.eval_calls >= diffusion.num_steps, None
@@ -511,8 +540,10 @@ def evaluate(config, device, autocast):
         print(f"bits/dim {total.mean():.4f} on {n_done} images,"
               f" {'every term computed' if exact else error},"
               f" ± {total.std() / n_done**0.5:.4f} with that of images")  # fmt: skip
-        print(f"L_0 {L_t[0]:.4f}, KLs {(total - prior).mean() - L_t[0]:.4f}, L_T {prior.mean():.6f}")
-        path = os.path.join(os.path.dirname(config.ckpt), "terms.csv")
+        kls = (total - prior).mean() - L_t[0]
+        print(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
+        run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
+        path = os.path.join(run, "terms.csv")
         with open(path, "w") as file:
             file.write("t,bits_per_dim,images\n")
             for t in draws.nonzero().flatten().tolist():
@@ -539,13 +570,7 @@ def main():
     if config.batch < WORLD * config.accum:
         fail(f"--batch {config.batch} is no image for each of {WORLD} processes × {config.accum}"
              " parts (--accum)", 2)  # fmt: skip
-    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
-    lock = os.path.join(config.out, ".lock")
-    try:
-        with locked(lock, wait=False) if RANK == 0 else contextlib.nullcontext():
-            train(config, state, device, autocast)
-    except BlockingIOError:
-        fail(f"another run is writing to {config.out}: take another --out")
+    train(config, state, device, autocast)
 
 
 if __name__ == "__main__":
