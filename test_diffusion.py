@@ -957,8 +957,9 @@ def test_conflicting_flags_of_a_resumed_run_are_refused(trained, here, capsys):
 
 def test_a_finished_run_is_left_as_it_is(trained, here):
     before = open(trained, "rb").read()
-    assert script("train.py", "--out", trained.parent, "--steps", 3) == 0
-    assert open(trained, "rb").read() == before
+    for steps in (3, 2):
+        assert script("train.py", "--out", trained.parent, "--steps", steps) == 0
+        assert open(trained, "rb").read() == before
 
 
 def test_samples_come_from_weights_averaged_over_the_run(here):
@@ -1078,6 +1079,7 @@ def make_folder(root):
     os.makedirs(f"{root}-elsewhere")
     os.rename(f"{root}/dogs/grey.png", f"{root}-elsewhere/grey.png")
     os.symlink(f"../{root}-elsewhere", f"{root}/linked")
+    os.symlink(".", f"{root}/again")
     open(f"{root}/cats/notes.txt", "w").write("not an image")
 
 
@@ -1117,8 +1119,11 @@ def test_a_folder_trains_and_is_measured(here, capsys):
     flags = TINY + ["--data", "pets", "--steps", 3]
     assert script("train.py", *flags, "--class-cond") == 0
     assert read_checkpoint("runs/pets/ckpt.pt")["unet"]["num_classes"] == 3
-    assert script("train.py", "--eval-only", "--data", "pets", "--ckpt", "runs/pets/ckpt.pt") == 0
+    assert script("train.py", "--data", "./pets/", "--steps", 4) == 0  # goes on
+    assert script("train.py", "--eval-only", "--data", "pets", "--ckpt", "runs/pets") == 0
     assert "bits/dim" in capsys.readouterr().out
+    assert script("train.py", "--eval-only", "--data", "digits", "--ckpt", "runs/pets") == 1
+    assert "digits has 10 classes, the network 3" in capsys.readouterr().err
 
 
 def stand_in_cifar10(root, patch):
@@ -1251,6 +1256,15 @@ def test_a_folder_of_samples_goes_on_where_it_stopped(trained, here, capsys):
     assert image.info["checkpoint"] == str(trained)
     assert script("sample.py", *flags, "--n", 3, "--seed", 5) == 1
     assert "was drawn with another seed" in capsys.readouterr().err
+    state = read_checkpoint(trained)
+    state["ema"]["out.2.bias"] += 1
+    save_checkpoint("other.pt", state)
+    flags[1] = "other.pt"
+    assert script("sample.py", *flags, "--n", 3) == 1
+    assert "was drawn with another weights" in capsys.readouterr().err
+    open("images/000001.png", "w").close()  # not a picture: drawn again
+    flags[1] = trained
+    assert script("sample.py", *flags, "--n", 3) == 0 and Image.open("images/000001.png")
 
 
 def test_a_gif_shows_the_denoising(trained, here):
