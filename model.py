@@ -169,8 +169,7 @@ class UNet(nn.Module):
         if y is not None:
             emb = emb + self.label_emb(y)
         emb = F.silu(emb)  # (N, 4·channels); every block would begin with it
-        h = x.contiguous(memory_format=torch.channels_last)
-        skips = []
+        h, skips = x.contiguous(memory_format=torch.channels_last), []
         for stage in self.down:
             h = stage(h, emb)
             skips.append(h)
