@@ -265,8 +265,7 @@ class Diffusion:
         p None      every L_t: num_steps calls of the model
         p, calls    an unbiased estimate of the total from 1 + calls of them: L_0, and `calls`
                     timesteps t ≥ 1 drawn from p (num_steps,) > 0, see pilot; the terms not drawn
-                    are NaN. Each image has one t in each of `calls` equal parts of p's mass, and
-                    within a part the N images have one in each of N
+                    are NaN. Each image has one t in each of `calls` equal parts of p's mass
         """
         if (p is None) != (calls is None):
             raise ValueError("p and calls go together")
@@ -275,10 +274,8 @@ class Diffusion:
         weights = torch.ones(self.num_steps, device=device)
         if p is not None:
             p = p[1:] / p[1:].sum()
-            u = torch.rand(calls, N, device=device)
-            u += torch.rand(calls, N, device=device).argsort(1)  # one in each of 0 … N-1
-            u = (torch.arange(calls, device=device)[:, None] + u / N) / calls
-            drawn = 1 + torch.searchsorted(p.cumsum(0), u.to(p.dtype), right=True)
+            u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, N, device=device)
+            drawn = 1 + torch.searchsorted(p.cumsum(0), u.to(p.dtype) / calls, right=True)
             times = torch.cat([times[:1], drawn.clamp(max=self.num_steps - 1)])
             weights[1:] /= calls * p
         total = prior = self.prior(x0)
