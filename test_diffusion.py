@@ -33,8 +33,8 @@ from diffusion import (
     Diffusion, cosine_betas, decoder_log_likelihood, generator, linear_betas, normal_kl,
 )  # fmt: skip
 from model import (
-    OPENAI_NAMES, Attention, UNet, UNetConfig, group_norm, load_checkpoint, read_checkpoint,
-    save_checkpoint, timestep_embedding,
+    OPENAI_NAMES, Attention, UNet, UNetConfig, dropout, group_norm, load_checkpoint, pick_device,
+    read_checkpoint, save_checkpoint, timestep_embedding,
 )  # fmt: skip
 from sampler import ImportanceSampler, UniformSampler
 
@@ -612,13 +612,28 @@ def test_dropout_is_for_training_alone():
     assert not torch.allclose(model(x, t), model(x, t))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_dropout_keeps_each_element_with_probability_1_minus_p(p):
+    x = torch.ones(2, 5, 33, 301)  # not a multiple of the four elements a random number serves
+    y = dropout(x, p)
+    kept = y != 0
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - p)), rtol=1e-4)
+    assert abs(kept.float().mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5
+    flat = kept.permute(0, 2, 3, 1).flatten().float() - (1 - p)
+    for lag in range(1, 9):  # neighbours share a random number, but know nothing of each other
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 4 * p * (1 - p) / x.numel() ** 0.5
+    x.requires_grad_()
+    y = dropout(x, p)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())  # of all ones
+
+
 def test_attention_is_softmax_attention_of_the_published_layout():
     layer, heads, C = Attention(8, 2).double(), 2, 8
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     x = randn(2, C, 3, 3)
     h = torch.nn.functional.conv1d(
-        layer.norm(x).flatten(2), layer.qkv.weight[:, :, None], layer.qkv.bias
+        layer.norm(x).flatten(2), layer.qkv.weight[..., 0], layer.qkv.bias
     )
     out = []
     for head in h.chunk(heads, dim=1):  # each head's channels are its q, its k, its v
@@ -626,19 +641,31 @@ def test_attention_is_softmax_attention_of_the_published_layout():
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / (C // heads) ** 0.5, dim=-1)
         out.append(torch.einsum("bts,bcs->bct", weight, v))
     h = torch.nn.functional.conv1d(
-        torch.cat(out, 1), layer.proj.weight[:, :, None], layer.proj.bias
+        torch.cat(out, 1), layer.proj.weight[..., 0], layer.proj.bias
     )
     assert torch.allclose(layer(x), x + h.view_as(x), atol=1e-12)
 
 
-def test_bf16_autocast_keeps_the_softmax_exact():
+def test_bf16_attention_and_norm_stay_close_to_float32():
     layer = Attention(32, 4)
     layer.qkv.weight.data *= 4
     torch.nn.init.normal_(layer.proj.weight)
     x = torch.randn(1, 32, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x)
+        found, normed = layer(x), layer.norm(x.bfloat16() + 100)
     assert (found - layer(x)).norm() / layer(x).norm() < 0.02
+    expected = layer.norm((x.bfloat16() + 100).float())  # which bfloat16's sums would have lost
+    assert normed.dtype == torch.bfloat16 and (normed - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_takes_bf16_only_where_it_is_native(monkeypatch, native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pick_device("cpu", "auto")[1]:
+        assert torch.is_autocast_enabled("cpu") == native
+    with pick_device("cpu", "fp32")[1]:
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_timestep_embedding_has_cosines_first():
@@ -755,7 +782,7 @@ def as_openai_has_it(state):
         elif name.startswith("up.") and name.split(".")[3] == "1":
             name = name.replace(".1.weight", ".conv.weight").replace(".1.bias", ".conv.bias")
         if ".qkv.weight" in name or ".proj.weight" in name:
-            value = value[:, :, None]
+            value = value[..., 0]
         for key, ours in OPENAI_NAMES.items():
             if ours not in (".", ".1."):
                 parts = name.split(".")
@@ -933,14 +960,15 @@ def test_sigterm_saves_and_stops(here, processes):
 
 
 def test_two_processes_compute_what_one_does(here):
-    flags = TINY + "--steps 6 --log-every 1 --t-sampler importance --T 4 --batch 9".split()
+    flags = "--dtype fp32 --steps 6 --log-every 1 --t-sampler importance --T 4 --batch 9"
+    flags = TINY + flags.split()
     assert script("train.py", *flags, "--out", "one") == 0
     assert start("train.py", *flags, "--out", "two", processes=2).wait() == 0
     for one, two in zip(log_without_times("one")[1:], log_without_times("two")[1:]):
         assert [float(x) for x in one] == pytest.approx([float(x) for x in two], rel=1e-5)
     one, two = (read_checkpoint(f"{run}/ckpt.pt") for run in ("one", "two"))
     assert torch.equal(one["t_sampler"]["counts"], two["t_sampler"]["counts"])
-    flags = ["--ckpt", "two", "--n", 5, "--steps", 3, "--batch", 2, "--out"]
+    flags = "--ckpt two --dtype fp32 --n 5 --steps 3 --batch 2 --out".split()
     assert script("sample.py", *flags, "one.npz") == 0
     assert start("sample.py", *flags, "two.npz", processes=2).wait() == 0
     one, two = np.load("one.npz"), np.load("two.npz")
