@@ -1016,7 +1016,7 @@ def test_init_starts_from_the_weights_and_shape_of_a_file(trained, here):
         "--objective simple --variance small --no-class-cond",
         "--objective vlb --variance large --attention none",
         "--dtype bf16",
-        "--compile",
+        "--compile --dropout 0.1",
     ],
 )
 def test_other_ways_to_train(here, flags, monkeypatch):
