@@ -159,12 +159,12 @@ class Diffusion:
     # -- q: from data to noise
 
     def add_noise(self, x0, t, noise):
-        """A sample of q(x_t | x0): x0, noise (N, C, H, W), t (N,) -> x_t (eq. 9)."""
+        """A sample of q(x_t | x0): x0, noise (N, C, H, W), t (N,) -> x_t (eq. 8, 9)."""
         signal = self._at(self.sqrt_alphas_bar, t, x0) * x0
         return signal + self._at(self.sqrt_one_minus_alphas_bar, t, x0) * noise
 
     def posterior(self, x0, x_t, t):
-        """q(x_{t-1} | x_t, x0) -> mean, log_variance (N, C, H, W) (eq. 10, 11).
+        """q(x_{t-1} | x_t, x0) -> mean, log_variance (N, C, H, W) (eq. 10, 11, 12).
 
         At t = 0 its variance is 0; log_variance is that of t = 1 instead, to stay finite.
         """
@@ -172,7 +172,7 @@ class Diffusion:
         return mean, self._at(self.log_small, t, x_t).expand_as(x_t)
 
     def prior(self, x0):
-        """L_T = KL(q(x_T | x0) || N(0, 1)) -> (N,) bits per dimension. Needs no network."""
+        """L_T = KL(q(x_T | x0) || N(0, 1)) -> (N,) bits per dimension (eq. 7). Needs no network."""
         t = torch.full(x0.shape[:1], self.num_steps - 1, device=x0.device)
         mean = self._at(self.sqrt_alphas_bar, t, x0) * x0
         log_variance = self._at(2 * self.sqrt_one_minus_alphas_bar.log(), t, x0)
@@ -209,7 +209,7 @@ class Diffusion:
         return mean, log_variance, x0_hat
 
     def reverse(self, model, x_t, t, y=None, clip=True):
-        """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W).
+        """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W) (eq. 3).
 
         x0_hat is the model's estimate of x0, clipped to [-1, 1] if clip, before the mean is formed.
         """

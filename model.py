@@ -233,8 +233,10 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # what torch makes of a failed write
+        raise OSError(f"cannot write {path}: is the disk full?") from error
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)

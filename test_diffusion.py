@@ -1124,7 +1124,7 @@ def test_a_folder_of_any_images_becomes_one_array(here, capsys, monkeypatch):
         "left out 2 of 11 images, which are broken: cats/cut.png, dogs/empty.jpg"
         in capsys.readouterr().err
     )
-    paths = json.load(open(glob.glob("data/cache/pets-8-*/paths.json")[0]))
+    paths = np.load(glob.glob("data/cache/pets-8-*/paths.npy")[0]).tolist()
     assert classes == 3 and labels.tolist() == [["cats", "dogs", "linked"].index(path.split("/")[0]) for path in paths]
     found = {os.path.basename(path): image for path, image in zip(paths, images)}
     assert len(found) == 9 and images.dtype == np.uint8 and images.shape[1:] == (3, 8, 8)
@@ -1269,7 +1269,7 @@ def test_a_plain_state_dict_is_sampled_measured_and_trained_on(here, capsys):
     state = read_checkpoint("runs/pets/ckpt.pt")
     assert state["unet"]["image_size"] == 32 and state["diffusion"]["T"] == 12
     assert script("train.py", "--init", "plain.pt", *flags, "--channels", 32, "--out", "x") == 2
-    assert "--channels: the network of --init has 16" in capsys.readouterr().err
+    assert "--channels 32: the network of --init has 16" in capsys.readouterr().err
 
 
 def test_a_folder_of_samples_goes_on_where_it_stopped(trained, here, capsys):

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import fcntl
 import hashlib
-import json
+import math
 import os
 import signal
 import sys
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 from torchvision.datasets import CIFAR10
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -70,14 +70,25 @@ PROCESS = "schedule T variance time_scale".split()
 # What may differ when a run goes on: where, how long and how fast it computes, not what.
 FREE = "steps accum device dtype compile log_every sample_every save_every out init".split()
 FREE += "eval_images eval_steps eval_calls".split()
-# Numbers are at least 1 if whole, 0 … 1 if not, but for these.
-LIMITS = dict(T=(2, 10**5), seed=(0, 2**32 - 1), warmup=(0, 10**9), grad_clip=(0, 1e9),
-              dropout=(0, 0.99), image_size=(8, 4096), channels=(1, 4096), eval_images=(2, 10**9),
-              eval_calls=(5, 10**6))  # fmt: skip
 
 
-def integers(text):
-    return tuple(int(part) for part in text.split(",") if part != "none")
+def within(low, high, kind=int):
+    """A type for argparse: a number between these limits."""
+
+    def number(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
+        return value
+
+    return number
+
+
+whole, fraction = within(1, 10**9), within(0, 1, float)
+natural, width = within(0, 10**9), within(1, 4096)
+
+
+def wholes(text):
+    return tuple(whole(part) for part in text.split(",") if part != "none")
 
 
 def configure(argv):
@@ -90,47 +101,48 @@ def configure(argv):
     switch = argparse.BooleanOptionalAction
     add = flags.add_argument_group("data").add_argument
     add("--data", default="digits", metavar="WHAT", help="digits, cifar10 or a folder of images")
-    add("--image-size", type=int, default=32, metavar="N", help="pixels a side, for a folder")
+    add("--image-size", type=within(8, 4096), default=32, metavar="N", help="pixels a side")
     add("--class-cond", action=switch, default=False, help="classes: a folder's subfolders")
     add("--flip", action=switch, default=True, help="mirror images at random")
     add = flags.add_argument_group("process").add_argument
     add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="loss")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="of the noise")
-    add("--T", type=int, default=4000, metavar="N", help="timesteps")
+    add("--T", type=within(2, 10**5), default=4000, metavar="N", help="timesteps")
     add("--variance", choices=["learned", "small", "large"], default="learned", help="of p")
     add("--t-sampler", choices=list(T_SAMPLERS), default="uniform", help="which t to train on")
     add = flags.add_argument_group("network").add_argument
-    add("--channels", type=int, default=128, metavar="N", help="width at the full resolution")
-    add("--channel-mult", type=integers, default=(1, 2, 2, 2), metavar="N,N", help="× --channels")
-    add("--num-res-blocks", type=int, default=3, metavar="N", help="blocks at each resolution")
-    add("--attention", type=integers, dest="attention_resolutions", default=(16, 8), metavar="N,N",
+    add("--channels", type=width, default=128, metavar="N", help="width at the full resolution")
+    add("--channel-mult", type=wholes, default=(1, 2, 2, 2), metavar="N,N", help="× --channels")
+    add("--num-res-blocks", type=whole, default=3, metavar="N", help="blocks at each resolution")
+    add("--attention", type=wholes, dest="attention_resolutions", default=(16, 8), metavar="N,N",
         help="resolutions with attention, or none")  # fmt: skip
-    add("--num-heads", type=int, default=4, metavar="N", help="heads of attention")
-    add("--dropout", type=float, default=0.3, metavar="P", help="probability")
+    add("--num-heads", type=whole, default=4, metavar="N", help="heads of attention")
+    add("--dropout", type=within(0, 0.99, float), default=0.3, metavar="P", help="probability")
     add = flags.add_argument_group("training").add_argument
     add("--out", metavar="DIR", help="run directory (runs/ and the name of the data)")
-    add("--steps", type=int, default=500_000, metavar="N", help="updates in all")
-    add("--batch", type=int, default=128, metavar="N", help="images an update, of all processes")
-    add("--accum", type=int, default=1, metavar="N", help="parts a process computes its share in")
-    add("--lr", type=float, default=1e-4, metavar="X", help="AdamW's learning rate")
-    add("--warmup", type=int, default=0, metavar="N", help="updates until it's reached")
-    add("--ema", type=float, default=0.9999, metavar="X", help="decay of the averaged weights")
-    add("--grad-clip", type=float, default=0.0, metavar="X", help="largest norm, 0: any")
-    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
+    add("--steps", type=whole, default=500_000, metavar="N", help="updates in all")
+    add("--batch", type=whole, default=128, metavar="N", help="images an update, of all processes")
+    add("--accum", type=whole, default=1, metavar="N", help="parts a process computes its share in")
+    add("--lr", type=fraction, default=1e-4, metavar="X", help="AdamW's learning rate")
+    add("--warmup", type=natural, default=0, metavar="N", help="updates until it's reached")
+    add("--ema", type=fraction, default=0.9999, metavar="X", help="decay of the averaged weights")
+    add("--grad-clip", type=within(0, 1e9, float), default=0.0, metavar="X", help="0: none")
+    add("--seed", type=within(0, 2**32 - 1), default=0, metavar="N", help="of all randomness")
     add("--init", metavar="FILE", help="checkpoint whose weights to start from")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add("--compile", action=switch, default=False, help="torch.compile the network")
-    add("--log-every", type=int, default=100, metavar="N", help="updates a row of log.csv")
-    add("--sample-every", type=int, default=10_000, metavar="N", help="updates a grid of samples")
-    add("--save-every", type=int, default=1_000, metavar="N", help="updates a checkpoint")
+    add("--log-every", type=whole, default=100, metavar="N", help="updates a row of log.csv")
+    add("--sample-every", type=whole, default=10_000, metavar="N", help="updates a grid of samples")
+    add("--save-every", type=whole, default=1_000, metavar="N", help="updates a checkpoint")
     add = flags.add_argument_group("bits per dimension").add_argument
     add("--eval-only", action="store_true", help="measure --ckpt on images of --data")
     add("--ckpt", metavar="FILE", help="what to measure (ckpt.pt in --out)")
-    add("--eval-images", type=int, default=10_000, metavar="N", help="images at most")
-    add("--eval-steps", type=int, metavar="N", help="steps of the process to measure (T)")
-    add("--eval-calls", type=int, default=10, metavar="N", help="calls an image, T: all")
-    add("-h", "--help", action="store_true", help="print this, for the --data given")
+    add("--eval-images", type=within(2, 10**9), default=10_000, metavar="N", help="at most")
+    add("--eval-steps", type=whole, metavar="N", help="steps of the process to measure (T)")
+    add("--eval-calls", type=within(5, 10**6), default=10, metavar="N", help="an image; T: all")
+    add("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+        help="print this, for the --data given")  # fmt: skip
 
     unset = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args([]))))
     given = {k: v for k, v in vars(flags.parse_args(argv, unset)).items() if v is not None}
@@ -143,41 +155,34 @@ def configure(argv):
     if "help" in given:
         flags.print_help()
         raise SystemExit
-    for name, values in given.items():
-        for value in values if isinstance(values, tuple) else (values,):
-            low, high = LIMITS.get(name, (0, 1) if isinstance(value, float) else (1, 10**9))
-            if type(value) in (int, float) and not low <= value <= high:
-                fail(f"--{name.replace('_', '-')} must be {low} … {high}, not {value}", 2)
-            if value == "":
-                fail(f"--{name.replace('_', '-')} must not be empty", 2)
+    if "" in given.values():
+        fail("--data, --out, --init and --ckpt must not be empty", 2)
     if "data" in given:
         given["data"] = os.path.normpath(data)  # DIR/ is DIR
     out = given.setdefault("out", os.path.join("runs", os.path.basename(os.path.abspath(data))))
-    path, state = os.path.join(out, "ckpt.pt"), {}
-    config = vars(flags.parse_args([])) | {"time_scale": None}  # 1000/T, or that of --init
-    del config["help"]
+    path, config = os.path.join(out, "ckpt.pt"), vars(flags.parse_args([]))
+    config["time_scale"] = None  # 1000/T, or that of --init
+    state, fixed = {}, ()
     if "eval_only" in given:
         config |= dict(ckpt=path, **dict.fromkeys(PROCESS))  # the process is the checkpoint's
-        return argparse.Namespace(**config | given), {}
-    if "ckpt" in given:
+    elif "ckpt" in given:
         fail("--ckpt is for --eval-only: training goes on in --out, or starts from --init", 2)
-    if os.path.exists(path):
+    elif os.path.exists(path):
         state = read_checkpoint(path)
         if not isinstance(state.get("config"), dict):
             fail(f"{path} holds weights, but no run to go on with: take another --out")
         config |= state["config"]
-        for name in given.keys() - FREE:
-            if given[name] != config[name]:
-                fail(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has"
-                     f" {config[name]}; leave it out, or take another --out", 2)  # fmt: skip
+        fixed, whose = config.keys() - FREE, f"the run in {out}"
     elif "init" in given:
         known = (given.get("schedule"), given.get("T"), None, given.get("num_heads", 4))
         model, process = load_checkpoint(given["init"], *known)
         config |= process | {name: getattr(model.config, name) for name in NETWORK}
-        if clash := [name for name in NETWORK if given.get(name, config[name]) != config[name]]:
-            fail(f"--{clash[0].replace('_', '-')}: the network of --init has {config[clash[0]]}", 2)
-        dropout, weights = given.get("dropout", config["dropout"]), model.state_dict()
-        state = dict(unet=vars(model.config) | {"dropout": dropout}, model=weights, ema=weights)
+        fixed, whose, weights = NETWORK, "the network of --init", model.state_dict()
+        state = dict(unet=vars(model.config), model=weights, ema=weights)
+    for name in given.keys() & fixed:
+        if given[name] != config[name]:
+            fail(f"--{name.replace('_', '-')} {given[name]}: {whose} has {config[name]};"
+                 " leave it out, or take another --out", 2)  # fmt: skip
     return argparse.Namespace(**config | given), state
 
 
@@ -223,22 +228,12 @@ def read_image(path, size):
         return None
 
 
-def list_images(root):
-    """Sorted paths, from root on, of the images below it; on its first level links are followed."""
-    links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]
-    here = os.path.realpath(root)
-    tops = [root, *(link for link in links if not here.startswith(os.path.realpath(link)))]
-    files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
-    return sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Hold a lock file, for which the other processes of this machine wait."""
+def locked(path, flags=0):
+    """Open a file that one process of this machine may hold at a time; the others wait."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    file = open(path, "w")
+    fcntl.flock(file, fcntl.LOCK_EX | flags)
+    return file
 
 
 def load_folder(root, size):
@@ -246,16 +241,20 @@ def load_folder(root, size):
 
     The first process decodes them into data/cache, anew if a file was added, removed or changed.
     """
-    paths = list_images(root)
+    here = os.path.realpath(root)
+    links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]  # to follow:
+    tops = [root, *(link for link in links if not here.startswith(os.path.realpath(link)))]
+    files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
+    paths = sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
     files = [os.lstat(os.path.join(root, path)) for path in paths]
     listing = [(path, file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
-    key = hashlib.sha256(json.dumps([listing, size]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((listing, size)).encode()).hexdigest()[:12]
     cache = f"data/cache/{os.path.basename(os.path.abspath(root))}-{size}-{key}"
     with locked(cache + ".lock"):
         if not os.path.exists(cache):
             os.makedirs(cache + ".tmp", exist_ok=True)
             good = []
-            with open(f"{cache}.tmp/images.u8", "wb") as file, ThreadPool(os.cpu_count()) as pool:
+            with open(f"{cache}.tmp/images.u8", "wb") as file, ThreadPool() as pool:
                 decode = pool.imap(lambda path: read_image(os.path.join(root, path), size), paths)
                 bar = tqdm(decode, f"reading {root}", len(paths), unit=" images", disable=not TTY)
                 for path, image in zip(paths, bar):
@@ -266,11 +265,9 @@ def load_folder(root, size):
                 some = ", ".join(broken[:5]) + ", …" * (len(broken) > 5)
                 message = f"left out {len(broken)} of {len(paths)} images, which are broken: {some}"
                 tqdm.write(message, file=sys.stderr)  # one process decodes, whichever comes first
-            with open(f"{cache}.tmp/paths.json", "w") as file:
-                json.dump(good, file)
+            np.save(f"{cache}.tmp/paths.npy", good)
             os.rename(cache + ".tmp", cache)
-    with open(f"{cache}/paths.json") as file:
-        paths = json.load(file)
+    paths = np.load(f"{cache}/paths.npy").tolist()
     if not paths:
         raise ValueError(f"--data {root}: no readable image there ({' '.join(SUFFIXES)})")
     return np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(paths), 3, size, size)), paths
@@ -283,7 +280,7 @@ def load_data(config, held_out=False):
         images, labels = draw_digits(20_000, config.image_size, config.seed + 2**32 * held_out)
     elif config.data == "cifar10":
         if config.image_size != 32:
-            raise ValueError(f"--data cifar10: its images are of 32 pixels, not {config.image_size}")
+            raise ValueError(f"--data cifar10 has images of 32 pixels, not {config.image_size}")
         try:
             with locked("data/cifar10.lock"), contextlib.redirect_stdout(sys.stderr):
                 data = CIFAR10("data", train=not held_out, download=True)
@@ -363,8 +360,7 @@ def draw_grid(path, seed, diffusion, ema, device, autocast):
     with autocast:
         x = diffusion.sample(ema, randn((3, size, size), generators), y, generators=generators)
     x = F.interpolate(x, scale_factor=float(max(1, 64 // size)))
-    save_image(x, path + ".tmp", normalize=True, value_range=(-1, 1), format="png")
-    os.replace(path + ".tmp", path)
+    save_image(x, path, normalize=True, value_range=(-1, 1))
 
 
 def check_classes(model, classes, data):
@@ -377,10 +373,11 @@ def train(config, state, device, autocast):
     """Train to config.steps. `state` may hold a whole checkpoint, weights alone, or nothing."""
     images, labels, classes = load_data(config)
     process = {name: getattr(config, name) for name in PROCESS}
-    unet = {name: getattr(config, name) for name in (*NETWORK, "dropout")}
+    unet = {name: getattr(config, name) for name in NETWORK}
     unet |= dict(out_channels=6 if config.variance == "learned" else 3, num_classes=classes)
+    unet |= state.get("unet", {}) | {"dropout": config.dropout}
     torch.manual_seed(config.seed)
-    model = UNet(UNetConfig(**state.get("unet", unet)))
+    model = UNet(UNetConfig(**unet))
     check_classes(model, classes, config.data)
     diffusion = Diffusion(**process).to(device)
     preview = Diffusion(**process, steps=min(config.T, 100)).to(device)
@@ -402,10 +399,8 @@ def train(config, state, device, autocast):
     # Since the last row of the log: loss, bits/dim, gradient norm, steps, skipped steps.
     sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
-    lock = open(os.path.join(config.out, ".lock"), "w")
     try:
-        if RANK == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = RANK == 0 and locked(os.path.join(config.out, ".lock"), fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another run is writing to {config.out}: take another --out")
     stop, bar = catch_signals(), tqdm(
@@ -415,15 +410,11 @@ def train(config, state, device, autocast):
     )  # fmt: skip
     batch = load_batch(config, images, labels, t_sampler, start, device)
     for step in range(start, max(start, config.steps) + 1):  # so many steps are done
-        stopping = stop.clone()
-        if WORLD > 1:
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)  # on the CPU: the device does not wait
-        stopping, last, new = int(stopping), step >= config.steps, step > start
+        stopping = int(gather(stop).max())  # on the CPU: the device does not wait
+        last, new = step >= config.steps, step > start
         saves = new and (last or stopping or step % config.save_every == 0)
         if saves or new and step % config.log_every == 0:
-            if WORLD > 1:
-                dist.all_reduce(sums)
-            loss, bits, norm, good, bad = (sums / WORLD).tolist()
+            loss, bits, norm, good, bad = gather(sums[None]).mean(0).tolist()
             loss, bits, norm = (value / max(good, 1) for value in (loss, bits, norm))
             bits += diffusion.prior(x0).mean().item()
             seconds = time.monotonic() - begin
@@ -463,9 +454,7 @@ def train(config, state, device, autocast):
                 loss, vlb = diffusion.losses(net, x0[s], t[s], y_part, noise[s], config.objective)
             (weights[s] @ loss * (WORLD / config.batch)).backward()  # DDP divides by WORLD
             losses.append(torch.stack([loss.detach(), vlb]))
-        norm = get_total_norm([p.grad for p in params])
-        if config.grad_clip > 0:
-            clip_grads_with_norm_(params, config.grad_clip, norm)
+        norm = clip_grad_norm_(params, config.grad_clip or math.inf)
         # A gradient that is not finite, on any process, is not used: the fused optimizer then does
         # nothing, and the host need not look.
         bad = (~norm.isfinite()).float()
@@ -494,10 +483,7 @@ def train(config, state, device, autocast):
 
 
 def evaluate(config, device, autocast):
-    """Print the bound of a checkpoint on held-out images; write every L_t to terms.csv.
-
-    Interrupted, it prints what was measured, and then raises KeyboardInterrupt.
-    """
+    """Print the bound of a checkpoint on held-out images; write every L_t to terms.csv."""
     known = config.schedule, config.T, None, config.num_heads  # for a plain state dict
     model, process = load_checkpoint(config.ckpt, *known)
     process |= {"variance": config.variance or process["variance"], "steps": config.eval_steps}
@@ -508,49 +494,40 @@ def evaluate(config, device, autocast):
     check_classes(model, classes, config.data)
     n = min(config.eval_images, len(images))
     rows = epoch_order(config.seed, 0, len(images))[:n]
+    # Every term once; or, in eval_calls calls, two estimates, whose difference tells the error.
     exact, p = config.eval_calls >= diffusion.num_steps, None
-    found, (sums, draws) = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
+    estimates, calls = (range(1), None) if exact else (range(2), (config.eval_calls - 3) // 2)
+    found, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
     bar = tqdm(range(RANK, n, config.batch * WORLD), "bits/dim", disable=not TTY or RANK > 0)
-    with autocast, contextlib.suppress(KeyboardInterrupt):
+    with autocast:
         for i in bar:
-            mine = rows[i : i + config.batch * WORLD : WORLD]
-            x0, y = to_device(images, labels, mine, device)
-            if exact:
-                bounds = [diffusion.bits_per_dim(model, x0, y, progress=not bar.disable)]
-            else:  # two estimates, whose difference tells the error; all in eval_calls calls
-                if p is None:  # a pilot: at most one call an image
-                    few = slice(max(1, n // WORLD // 32))
-                    p = diffusion.pilot(model, x0[few], None if y is None else y[few])
-                calls = (config.eval_calls - 3) // 2
-                bounds = [diffusion.bits_per_dim(model, x0, y, p, calls) for _ in range(2)]
+            x0, y = to_device(images, labels, rows[i : i + config.batch * WORLD : WORLD], device)
+            if p is None and not exact:  # a pilot: at most one call an image
+                few = slice(max(1, n // WORLD // 32))
+                p = diffusion.pilot(model, x0[few], None if y is None else y[few])
+            inner = exact and not bar.disable
+            bounds = [diffusion.bits_per_dim(model, x0, y, p, calls, inner) for _ in estimates]
             total, terms, prior = (torch.stack(parts).cpu() for parts in zip(*bounds))
             found.append(torch.stack([total.mean(0), (total[0] - total[-1]) / 2, prior[0]], 1))
-            sums += terms.nansum((0, 1))
-            draws += (~terms.isnan()).sum((0, 1))
+            sums += torch.stack([terms.nansum((0, 1)), (~terms.isnan()).sum((0, 1))])
             total, rest, _ = torch.cat(found).unbind(1)
             bar.set_postfix_str(f"{total.mean():.3f} ± {rest.norm() / len(rest):.4f}")
     total, rest, prior = gather(torch.cat(found)).double().unbind(1)
-    if WORLD > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(draws)
-    if RANK == 0 and len(total):
-        L_t, n_done = sums / draws, len(total)
-        error = f"± {rest.norm() / n_done:.4f} by the choice of t and noise"
-        print(f"bits/dim {total.mean():.4f} on {n_done} images,"
+    sums, draws = gather(sums[None]).sum(0)
+    if RANK == 0:
+        L_t = sums / draws
+        error = f"± {rest.norm() / n:.4f} by the choice of t and noise"
+        print(f"bits/dim {total.mean():.4f} on {n} images,"
               f" {'every term computed' if exact else error},"
-              f" ± {total.std() / n_done**0.5:.4f} with that of images")  # fmt: skip
+              f" ± {total.std() / n**0.5:.4f} with that of images")  # fmt: skip
         kls = (total - prior).mean() - L_t[0]
         print(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
         run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
-        path = os.path.join(run, "terms.csv")
-        with open(path, "w") as file:
-            file.write("t,bits_per_dim,images\n")
-            for t in draws.nonzero().flatten().tolist():
-                file.write(f"{t},{L_t[t]:.6g},{draws[t]:.0f}\n")
+        path, t = os.path.join(run, "terms.csv"), draws.nonzero().flatten()
+        table, header = torch.stack([t, L_t[t], draws[t]], 1), "t,bits_per_dim,images"
+        np.savetxt(path, table, ("%d", "%.6g", "%d"), ",", header=header, comments="")
         say(f"wrote {path}")
-    if len(total) < n:
-        raise KeyboardInterrupt
 
 
 def main():
