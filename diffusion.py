@@ -2,8 +2,8 @@
 
 This file stands alone. A `model` is any callable (x_t, time, y) -> (N, C or 2C, H, W) that predicts
 the noise ε in x_t (N, C, H, W) and, for variance="learned", v in [-1, 1] after it. Equation numbers
-are the paper's; index t = 0 … T-1 is its t = 1 … T, and L_t the term of the step from x_t: the
-paper's L_{t-1} at its own t. Images are in [-1, 1], likelihoods in bits per dimension.
+are the paper's. Index t = 0 … T-1 is its t = 1 … T, while L_t has its index: L_0 is the decoder
+(eq. 5), L_1 … L_{T-1} are KLs (eq. 6). Images are in [-1, 1], L_t in bits per dimension.
 """
 
 import math
@@ -79,7 +79,7 @@ def randn(shape, generators):
 class Diffusion:
     """A diffusion process: q, p, losses, likelihood and samplers.
 
-    schedule    "linear", "cosine", or betas (a tensor or list, each in (0, 1)), which then set T
+    schedule    one of SCHEDULES, or betas (a tensor or list, each in (0, 1)), which then set T
     T           number of steps of the process that the network is trained on
     variance    of p: "learned" (eq. 15), "small" (β̃) or "large" (β; at t = 0, as in the released
                 code, β̃ of t = 1)
@@ -264,7 +264,7 @@ class Diffusion:
         x0 (N, C, H, W) -> total (N,), terms (N, num_steps), prior (N,); total = Σ terms + prior.
         p None      every L_t: num_steps calls of the model
         p, calls    an unbiased estimate of the total from 1 + calls of them: L_0, and `calls`
-                    timesteps t ≥ 1 drawn from p (num_steps,) > 0, see pilot; the terms not drawn
+                    timesteps t ≥ 1 drawn from p (num_steps,), see pilot; the terms not drawn
                     are NaN. Each image has one t in each of `calls` equal parts of p's mass
         """
         if (p is None) != (calls is None):

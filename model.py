@@ -164,7 +164,8 @@ class UNet(nn.Module):
                 self.down.append(stage(skips[-1], mult * c.channels, c.image_size >> level))
                 skips.append(mult * c.channels)
         ch = skips[-1]
-        self.middle = Stage(*stage(ch, ch, None), Attention(ch, c.num_heads), *stage(ch, ch, None))
+        first, last = stage(ch, ch, None)[0], stage(ch, ch, None)[0]
+        self.middle = Stage(first, Attention(ch, c.num_heads), last)
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             for _ in range(c.num_res_blocks + 1):
@@ -224,30 +225,34 @@ OPENAI_FILES = {
 }
 
 
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values; `path` is whole at any moment. Or OSError."""
-    temporary = f"{path}.tmp"
+def write(path, save):
+    """save(file) and then give the file its name, so that no half of it ever has it. Or OSError."""
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+        with open(f"{path}.tmp", "wb") as file:
+            save(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # what torch makes of a failed write
+        os.replace(f"{path}.tmp", path)
+    except RuntimeError as error:  # what torch.save makes of a failed write
         raise OSError(f"cannot write {path}: is the disk full?") from error
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+            os.remove(f"{path}.tmp")
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values."""
+    write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def read_checkpoint(path):
     """The dict in a checkpoint or in a run's, its checksums verified. ValueError, or OSError."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
-        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"wrong checksum of {broken}")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -328,4 +333,5 @@ def pick_device(name, dtype):
             malloc = ctypes.CDLL(None).mallopt  # keep the memory of one step for the next
             malloc(-3, 2**25), malloc(-1, 2**31 - 1)
     bf16 = dtype == "bf16" or (dtype == "auto" and native)
+    torch.backends.cudnn.allow_tf32 = bf16  # else its "float32" has the 10 bits of TF32
     return device, torch.autocast(name, torch.bfloat16, enabled=bf16)

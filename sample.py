@@ -16,6 +16,8 @@ import math
 import os
 import sys
 import zlib
+from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from diffusion import Diffusion, generator, randn
-from model import load_checkpoint, pick_device
+from diffusion import SCHEDULES, Diffusion, generator, randn
+from model import load_checkpoint, pick_device, write
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TTY = sys.stderr.isatty()
@@ -37,7 +39,8 @@ def say(message):
 
 
 def fail(message, status=1):
-    say(f"sample.py: error: {message}")
+    if RANK == 0 or dist.is_initialized():  # from then on what is wrong may be so on one alone
+        print(f"sample.py: error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -63,7 +66,7 @@ def parse(argv):
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
     add = flags.add_argument_group("for a plain state dict, which does not say").add_argument
     add("--T", type=int, metavar="N", help="timesteps it was trained on")
-    add("--schedule", choices=["cosine", "linear"], help="noise schedule")
+    add("--schedule", choices=list(SCHEDULES), help="noise schedule")
     add("--time-scale", type=float, metavar="X", help="of t for the network (1000/T)")
     add("--num-heads", type=int, default=4, metavar="N", help="heads of attention")
     args = flags.parse_args(argv)
@@ -112,19 +115,6 @@ def make_grid(images):
     return Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1))
 
 
-def write(path, save, *args, **kwargs):
-    """save(file, ...), then give the file its name, so that no half of it ever has it."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            save(file, *args, **kwargs)
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path + ".tmp")
-
-
 def is_done(path, about):
     """Whether an earlier call drew this PNG. Fails if it did so with other settings."""
     with contextlib.suppress(OSError), Image.open(path) as image:
@@ -154,10 +144,11 @@ def main():
     model.to(device)
     say(f"{path}: {args.n} images in {steps} steps on {device}")
     if WORLD > 1:
-        dist.init_process_group("gloo")  # for finished images; drawing them needs no exchange
+        # For finished images; drawing them needs no exchange, and may take one process days longer.
+        dist.init_process_group("gloo", timeout=timedelta(days=9))
 
     about = {key: str(vars(args)[key]) for key in ("seed", "method", "eta", "class")}
-    about |= {"steps": str(steps), "variance": process["variance"], "weights": f"{weights:08x}"}
+    about |= {"weights": f"{weights:08x}"} | {key: str(value) for key, value in process.items()}
     png = PngInfo()
     for key, value in (about | {"checkpoint": path}).items():
         png.add_text(key, value)
@@ -190,7 +181,8 @@ def main():
             if kind:
                 images[i] = image
             else:
-                write(files[i], Image.fromarray(image).save, "png", pnginfo=png)
+                picture = Image.fromarray(image)
+                write(files[i], partial(picture.save, format="png", pnginfo=png))
         if not TTY:
             say(str(bar))
     bar.close()
@@ -200,12 +192,14 @@ def main():
     if RANK > 0:
         return
     if kind == ".png":
-        write(args.out, make_grid(images).save, "png", pnginfo=png)
+        write(args.out, partial(make_grid(images).save, format="png", pnginfo=png))
     elif kind == ".npz":
-        write(args.out, np.savez, images, *([labels.numpy()] if classes else []))
+        arrays = [images, labels.numpy()] if classes else [images]
+        write(args.out, lambda file: np.savez(file, *arrays))
     elif kind == ".gif":
-        write(args.out, frames[0].save, "gif", save_all=True, append_images=frames[1:], loop=0,
-              duration=[60] * (len(frames) - 1) + [2000])  # fmt: skip  # ms; the last one stays
+        times = [60] * (len(frames) - 1) + [2000]  # ms
+        write(args.out, partial(frames[0].save, format="gif", save_all=True, loop=0,
+                                append_images=frames[1:], duration=times))  # fmt: skip
     print(args.out)
 
 

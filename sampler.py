@@ -90,7 +90,8 @@ class ImportanceSampler:
         t = t.long()
         t, order = torch.where(losses.isfinite(), t, self.T).sort(stable=True)
         seen = torch.zeros_like(self.counts).scatter_add_(0, t, torch.ones_like(t))
-        # Each loss has a place in its group of equal t; only the last `history` of them may stay.
+        # Each loss has a place in its group of equal t: t = [1 3 3 3] -> [0 0 1 2]. Only the last
+        # `history` of a group may stay; the others, as those not finite, go to row T.
         place = torch.arange(len(t), device=t.device) - (seen.cumsum(0) - seen)[t]
         row = torch.where(place >= seen[t] - self.history, t, self.T)
         self.losses[row, (self.counts[t] + place) % self.history] = losses[order]

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import http.server
 import itertools
-import json
 import math
 import os
 import pickle
@@ -1353,6 +1352,15 @@ def test_wrong_input_ends_in_one_line(name, flags, trained, here, capsys):
     assert status in (1, 2) and not out
     assert len(errors) == 1 and errors[0].startswith(f"{name}: error: ") and len(errors[0]) < 400
     assert [file for file in sorted(os.listdir(".")) if file != "runs"] == before
+
+
+def test_the_readme_leads_to_the_line_of_each_equation():
+    pattern = r"^\| ([\d, ]+) \| .* \| \[(\w+\.py):(\d+)\]\(\2#L\3\) \|$"
+    rows = re.findall(pattern, open(os.path.join(ROOT, "README.md")).read(), re.M)
+    assert [n for row in rows for n in row[0].split(", ")] == [str(n) for n in range(3, 20)]
+    for numbers, file, line in rows:
+        text = open(os.path.join(ROOT, file)).read().splitlines()[int(line) - 1]
+        assert f"eq. {numbers}" in text
 
 
 @pytest.mark.parametrize("name", ["train.py", "sample.py"])

@@ -4,7 +4,7 @@
     torchrun train.py --data cifar10                     the paper's CIFAR-10 run on one GPU
     torchrun --nproc-per-node 8 train.py --data cifar10  the same run on eight
     python train.py --data DIR --image-size 64           your own folder of images
-    python train.py --eval-only --data DIR --ckpt FILE   bits/dim of a checkpoint on held-out images
+    python train.py --eval-only --data DIR --ckpt FILE   bits/dim of a checkpoint on other images
 
 The same command again goes on from the last checkpoint, on any number of processes.
 """
@@ -35,8 +35,10 @@ from torchvision.datasets import CIFAR10
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffusion import Diffusion, generator, randn
-from model import UNet, UNetConfig, load_checkpoint, pick_device, read_checkpoint, save_checkpoint
+from diffusion import SCHEDULES, Diffusion, generator, randn
+from model import (
+    UNet, UNetConfig, load_checkpoint, pick_device, read_checkpoint, save_checkpoint, write,
+)  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -106,7 +108,7 @@ def configure(argv):
     add("--flip", action=switch, default=True, help="mirror images at random")
     add = flags.add_argument_group("process").add_argument
     add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="loss")
-    add("--schedule", choices=["cosine", "linear"], default="cosine", help="of the noise")
+    add("--schedule", choices=list(SCHEDULES), default="cosine", help="of the noise")
     add("--T", type=within(2, 10**5), default=4000, metavar="N", help="timesteps")
     add("--variance", choices=["learned", "small", "large"], default="learned", help="of p")
     add("--t-sampler", choices=list(T_SAMPLERS), default="uniform", help="which t to train on")
@@ -147,6 +149,8 @@ def configure(argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args([]))))
     given = {k: v for k, v in vars(flags.parse_args(argv, unset)).items() if v is not None}
     data = given.get("data", "digits")
+    if os.path.normpath(data) not in ("digits", "cifar10"):  # ./cifar10 is a folder
+        data = os.path.normpath(data)  # DIR/ is DIR
     if data == "digits":
         flags.set_defaults(**DIGITS)
     elif data != "cifar10":
@@ -158,7 +162,7 @@ def configure(argv):
     if "" in given.values():
         fail("--data, --out, --init and --ckpt must not be empty", 2)
     if "data" in given:
-        given["data"] = os.path.normpath(data)  # DIR/ is DIR
+        given["data"] = data
     out = given.setdefault("out", os.path.join("runs", os.path.basename(os.path.abspath(data))))
     path, config = os.path.join(out, "ckpt.pt"), vars(flags.parse_args([]))
     config["time_scale"] = None  # 1000/T, or that of --init
@@ -243,11 +247,11 @@ def load_folder(root, size):
     """
     here = os.path.realpath(root)
     links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]  # to follow:
-    tops = [root, *(link for link in links if not here.startswith(os.path.realpath(link)))]
+    tops = [root, *(t for t in links if os.path.join(here, "").find(os.path.realpath(t) + os.sep))]
     files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
     paths = sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
-    files = [os.lstat(os.path.join(root, path)) for path in paths]
-    listing = [(path, file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
+    stats = [os.lstat(os.path.join(root, path)) for path in paths]
+    listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
     key = hashlib.sha256(repr((listing, size)).encode()).hexdigest()[:12]
     cache = f"data/cache/{os.path.basename(os.path.abspath(root))}-{size}-{key}"
     with locked(cache + ".lock"):
@@ -360,7 +364,7 @@ def draw_grid(path, seed, diffusion, ema, device, autocast):
     with autocast:
         x = diffusion.sample(ema, randn((3, size, size), generators), y, generators=generators)
     x = F.interpolate(x, scale_factor=float(max(1, 64 // size)))
-    save_image(x, path, normalize=True, value_range=(-1, 1))
+    write(path, lambda f: save_image(x, f, "png", normalize=True, value_range=(-1, 1)))
 
 
 def check_classes(model, classes, data):
@@ -387,7 +391,7 @@ def train(config, state, device, autocast):
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "t_sampler": t_sampler}
     for name in stateful.keys() & state.keys():
-        stateful[name].load_state_dict(state[name])
+        stateful[name].load_state_dict(state.pop(name))
     start, log = state.get("step", 0), state.get("log", COLUMNS)
     begin = time.monotonic() - state.get("seconds", 0)
     if (gather(torch.tensor([start])) != start).any():
@@ -400,7 +404,7 @@ def train(config, state, device, autocast):
     sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     try:
-        lock = RANK == 0 and locked(os.path.join(config.out, ".lock"), fcntl.LOCK_NB)
+        _lock = RANK == 0 and locked(os.path.join(config.out, ".lock"), fcntl.LOCK_NB)  # until exit
     except BlockingIOError:
         fail(f"another run is writing to {config.out}: take another --out")
     stop, bar = catch_signals(), tqdm(
@@ -408,8 +412,7 @@ def train(config, state, device, autocast):
         unit_scale=True, file=sys.stderr if TTY and RANK == 0 else open(os.devnull, "w"),
         bar_format="{desc}, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
     )  # fmt: skip
-    batch = load_batch(config, images, labels, t_sampler, start, device)
-    for step in range(start, max(start, config.steps) + 1):  # so many steps are done
+    for step in range(start, max(start, config.steps) + 1):  # steps done; the last pass only saves
         stopping = int(gather(stop).max())  # on the CPU: the device does not wait
         last, new = step >= config.steps, step > start
         saves = new and (last or stopping or step % config.save_every == 0)
@@ -444,7 +447,7 @@ def train(config, state, device, autocast):
         optimizer.param_groups[0]["lr"] = lr
         dropout = generator(config.seed, 2**30 + step * WORLD + RANK)
         torch.manual_seed(dropout.initial_seed())
-        x0, y, t, weights, noise = batch
+        x0, y, t, weights, noise = load_batch(config, images, labels, t_sampler, step, device)
         losses, n = [], len(x0)
         for part in range(config.accum):
             s = slice(part * n // config.accum, (part + 1) * n // config.accum)
@@ -470,7 +473,6 @@ def train(config, state, device, autocast):
         means = losses @ weights * (WORLD / config.batch)
         row = torch.stack([*means, norm]).where(bad == 0, 0).nan_to_num(0, 0, 0)
         sums += torch.cat([row, torch.stack([1 - bad, bad])])
-        batch = load_batch(config, images, labels, t_sampler, step + 1, device)
         bar.update(config.batch)
     bar.close()
     if stopping:
@@ -483,7 +485,7 @@ def train(config, state, device, autocast):
 
 
 def evaluate(config, device, autocast):
-    """Print the bound of a checkpoint on held-out images; write every L_t to terms.csv."""
+    """Print a checkpoint's bound on images of --data (or its test set), and write every L_t."""
     known = config.schedule, config.T, None, config.num_heads  # for a plain state dict
     model, process = load_checkpoint(config.ckpt, *known)
     process |= {"variance": config.variance or process["variance"], "steps": config.eval_steps}
