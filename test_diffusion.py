@@ -1103,9 +1103,9 @@ def make_folder(root):
     Image.new("RGB", (1, 1), "red").save(f"{root}/dogs/puppies/one.bmp")
     Image.new("RGB", (20_000, 2), "red").save(f"{root}/dogs/wide.png")
     os.symlink("..", f"{root}/dogs/loop")
-    os.makedirs(f"{root}-elsewhere")
-    os.rename(f"{root}/dogs/grey.png", f"{root}-elsewhere/grey.png")
-    os.symlink(f"../{root}-elsewhere", f"{root}/linked")
+    os.makedirs(f"{root[:-1]}")
+    os.rename(f"{root}/dogs/grey.png", f"{root[:-1]}/grey.png")
+    os.symlink(f"../{root[:-1]}", f"{root}/linked")
     os.symlink(".", f"{root}/again")
     open(f"{root}/cats/notes.txt", "w").write("not an image")
 

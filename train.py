@@ -245,9 +245,10 @@ def load_folder(root, size):
 
     The first process decodes them into data/cache, anew if a file was added, removed or changed.
     """
-    here = os.path.realpath(root)
-    links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]  # to follow:
-    tops = [root, *(t for t in links if os.path.join(here, "").find(os.path.realpath(t) + os.sep))]
+    here = os.path.join(os.path.realpath(root), "")
+    links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]
+    loops = [link for link in links if here.startswith(os.path.join(os.path.realpath(link), ""))]
+    tops = [root, *(link for link in links if link not in loops)]
     files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
     paths = sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
     stats = [os.lstat(os.path.join(root, path)) for path in paths]
