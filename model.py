@@ -31,6 +31,7 @@ class UNetConfig:
     dropout: float = 0.3
     num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
+    norm_groups: int = 0  # at most; 0: of 4 channels, as the paper's 32 at 128 channels
 
     def __post_init__(self):
         sizes = [self.image_size >> level for level in range(len(self.channel_mult) or 1)]
@@ -47,12 +48,12 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def group_norm(channels):
-    """The paper's GroupNorm(32), or with the most groups, at most 32, that divide the channels."""
-    groups = max(g for g in range(1, 33) if channels % g == 0)
-    if groups < 4:
-        raise ValueError(f"{channels} channels have no 4 … 32 groups to norm: use a multiple of 8")
-    return GroupNorm(groups, channels)
+def group_norm(channels, groups):
+    """At most 32 groups: of one channel each, they would take an image's mean colour from it."""
+    if channels % 4:
+        raise ValueError(f"{channels} channels make no groups of 4 to norm")
+    most = groups or min(32, channels // 4)
+    return GroupNorm(max(g for g in range(1, most + 1) if channels % g == 0), channels)
 
 
 def timestep_embedding(t, channels, max_period=10_000):
@@ -76,13 +77,13 @@ def dropout(x, p):
 class ResBlock(nn.Module):
     """(N, in_channels, H, W) and a time embedding (N, D) -> (N, out_channels, H, W)."""
 
-    def __init__(self, in_channels, out_channels, emb_dim, dropout, scale_shift_norm):
+    def __init__(self, in_channels, out_channels, emb_dim, dropout, scale_shift_norm, groups):
         super().__init__()
         self.dropout, self.scale_shift_norm = dropout, scale_shift_norm
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, (2 if scale_shift_norm else 1) * out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -104,12 +105,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention of several heads over the H·W pixels of (N, C, H, W)."""
 
-    def __init__(self, channels, num_heads):
+    def __init__(self, channels, num_heads, groups=0):
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"{num_heads} heads for {channels} channels")
         self.num_heads = num_heads
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -144,9 +145,10 @@ class UNet(nn.Module):
         c, emb_dim = config, 4 * config.channels
 
         def stage(in_channels, out_channels, size):
-            layers = [ResBlock(in_channels, out_channels, emb_dim, c.dropout, c.scale_shift_norm)]
+            how = c.dropout, c.scale_shift_norm, c.norm_groups
+            layers = [ResBlock(in_channels, out_channels, emb_dim, *how)]
             if size in c.attention_resolutions:
-                layers.append(Attention(out_channels, c.num_heads))
+                layers.append(Attention(out_channels, c.num_heads, c.norm_groups))
             return Stage(*layers)
 
         self.time_embed = nn.Sequential(
@@ -165,7 +167,7 @@ class UNet(nn.Module):
                 skips.append(mult * c.channels)
         ch = skips[-1]
         first, last = stage(ch, ch, None)[0], stage(ch, ch, None)[0]
-        self.middle = Stage(first, Attention(ch, c.num_heads), last)
+        self.middle = Stage(first, Attention(ch, c.num_heads, c.norm_groups), last)
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             for _ in range(c.num_res_blocks + 1):
@@ -175,7 +177,7 @@ class UNet(nn.Module):
                 conv = nn.Conv2d(ch, ch, 3, padding=1)
                 self.up[-1].append(nn.Sequential(nn.Upsample(scale_factor=2.0), conv))
         last = nn.Conv2d(ch, c.out_channels, 3, padding=1)
-        self.out = nn.Sequential(group_norm(ch), nn.SiLU(), last)
+        self.out = nn.Sequential(group_norm(ch, c.norm_groups), nn.SiLU(), last)
         for name, parameter in self.named_parameters():
             if name.split(".")[-2] in ("conv2", "proj") or name.startswith("out.2"):
                 nn.init.zeros_(parameter)  # each block starts as the identity, the network as 0
@@ -276,7 +278,7 @@ def openai_config(state, num_heads):
     return UNetConfig(
         image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
         channel_mult=mult, num_res_blocks=first[1] - 2, dropout=0.0, num_heads=num_heads,
-        attention_resolutions=tuple(attention),
+        attention_resolutions=tuple(attention), norm_groups=32,
         num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
         scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
     )  # fmt: skip
