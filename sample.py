@@ -95,7 +95,7 @@ def newest_checkpoint():
     found = found or glob.glob(os.path.join(here, "assets", "*.pt"))
     if not found:
         fail("no checkpoint in runs/ or assets/: run train.py first, or give --ckpt")
-    return found[-1]
+    return os.path.relpath(found[-1])
 
 
 def to_uint8(x):

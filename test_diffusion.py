@@ -1324,6 +1324,24 @@ def test_ctrl_c_leaves_no_half_file(trained, here):
         Image.open(f"images/{name}").load()
 
 
+def test_the_checkpoint_in_assets_draws_the_digits_asked_for(here, capsys):
+    import train
+
+    path = os.path.join(ROOT, "assets", "digits.pt")
+    assert os.path.getsize(path) < 2_500_000
+    assert script("sample.py", "--n", 4, "--steps", 2, "--class", 7) == 0  # where there are no runs
+    out, errors = capsys.readouterr()
+    assert out == "samples.png\n" and errors.startswith(f"{os.path.relpath(path)}: 4 images in 2 steps")
+    model, process = load_checkpoint(path)
+    pixels, labels = train.draw_digits(64, 16, seed=5)
+    x0, y = torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(labels)
+    t, noise = torch.full((64,), 700), randn(*x0.shape).float()
+    loss = functools.partial(Diffusion(**process).loss, model, x0, t, noise=noise)
+    with torch.no_grad():
+        right, wrong = (loss(k, objective="simple").mean() for k in (y, (y + 1) % 10))
+    assert right < 0.03 and wrong > 1.1 * right
+
+
 BAD_TRAIN = """
     --steps=0 --steps=-1 --steps=x --steps=1e3 --batch=0 --batch=-4 --batch=x --accum=0 --accum=x
     --image-size=0 --image-size=x --image-size=-8 --image-size=4 --image-size=15 --out= --data= --objective=mse --objective=
