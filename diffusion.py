@@ -193,8 +193,12 @@ class Diffusion:
             )
         return out[:, :C], out[:, C:]
 
-    def _p(self, x_t, t, eps, v, clip):
-        """p(x_{t-1} | x_t) from the network's ε and v -> mean, log_variance, x0_hat."""
+    def reverse(self, model, x_t, t, y=None, clip=True):
+        """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W) (eq. 3).
+
+        x0_hat is the model's estimate of x0, clipped to [-1, 1] if clip, before the mean is formed.
+        """
+        eps, v = self._network(model, x_t, t, y)
         x0_hat = x_t - self._at(self.sqrt_one_minus_alphas_bar, t, x_t) * eps
         x0_hat = x0_hat / self._at(self.sqrt_alphas_bar, t, x_t)  # eq. 9, solved for x0
         if clip:
@@ -208,25 +212,15 @@ class Diffusion:
         log_variance = frac * self._at(self.log_betas, t, x_t) + (1 - frac) * log_small  # eq. 15
         return mean, log_variance, x0_hat
 
-    def reverse(self, model, x_t, t, y=None, clip=True):
-        """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W) (eq. 3).
-
-        x0_hat is the model's estimate of x0, clipped to [-1, 1] if clip, before the mean is formed.
-        """
-        return self._p(x_t, t, *self._network(model, x_t, t, y), clip)
-
     # -- Likelihood and losses
 
-    def _vlb(self, x0, x_t, t, eps, v, clip):
-        mean, log_variance, _ = self._p(x_t, t, eps, v, clip)
+    def vlb_term(self, model, x0, x_t, t, y=None, clip=True):
+        """L_t (N,) in bits per dimension: a KL, or at t = 0 the negative log-likelihood of x0."""
+        mean, log_variance, _ = self.reverse(model, x_t, t, y, clip)
         true_mean, true_log_variance = self.posterior(x0, x_t, t)
         kl = bits(normal_kl(true_mean, true_log_variance, mean, log_variance))  # eq. 6
         nll = -bits(decoder_log_likelihood(x0, mean, log_variance))  # eq. 5
         return torch.where(t == 0, nll, kl)
-
-    def vlb_term(self, model, x0, x_t, t, y=None, clip=True):
-        """L_t (N,) in bits per dimension: a KL, or at t = 0 the negative log-likelihood of x0."""
-        return self._vlb(x0, x_t, t, *self._network(model, x_t, t, y), clip)
 
     def loss(self, model, x0, t, y=None, noise=None, objective="hybrid"):
         """The training loss of each image (N,), at its timestep t (N,). See losses."""
@@ -251,9 +245,9 @@ class Diffusion:
         x_t = self.add_noise(x0, t, noise)
         eps, v = self._network(model, x_t, t, y)
         simple = (noise - eps).square().flatten(1).mean(1)
-        mean_eps = eps if objective == "vlb" else eps.detach()
+        outputs = torch.cat([eps if objective == "vlb" else eps.detach(), v], dim=1)
         # L_vlb is a sum over steps, t one step drawn from them: hence the number of steps.
-        vlb = self.num_steps * self._vlb(x0, x_t, t, mean_eps, v, clip=False)
+        vlb = self.num_steps * self.vlb_term(lambda *_: outputs, x0, x_t, t, clip=False)
         loss = {"simple": simple, "vlb": vlb, "hybrid": simple + LAMBDA * vlb}[objective]
         return loss, vlb.detach()
 

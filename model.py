@@ -42,18 +42,19 @@ class UNetConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 when the rest is in bfloat16: more exact, and on CPUs several times as fast."""
+    """At most 32 groups; of one channel each, they would take an image's mean colour from it.
+
+    In float32 when the rest is in bfloat16: more exact, and on CPUs several times as fast.
+    """
+
+    def __init__(self, channels, groups):
+        if channels % 4:
+            raise ValueError(f"{channels} channels make no groups of 4 to norm")
+        most = groups or min(32, channels // 4)
+        super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels)
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
-def group_norm(channels, groups):
-    """At most 32 groups: of one channel each, they would take an image's mean colour from it."""
-    if channels % 4:
-        raise ValueError(f"{channels} channels make no groups of 4 to norm")
-    most = groups or min(32, channels // 4)
-    return GroupNorm(max(g for g in range(1, most + 1) if channels % g == 0), channels)
 
 
 def timestep_embedding(t, channels, max_period=10_000):
@@ -80,10 +81,10 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels, out_channels, emb_dim, dropout, scale_shift_norm, groups):
         super().__init__()
         self.dropout, self.scale_shift_norm = dropout, scale_shift_norm
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = GroupNorm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, (2 if scale_shift_norm else 1) * out_channels)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = GroupNorm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         if channels % num_heads:
             raise ValueError(f"{num_heads} heads for {channels} channels")
         self.num_heads = num_heads
-        self.norm = group_norm(channels, groups)
+        self.norm = GroupNorm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -177,7 +178,7 @@ class UNet(nn.Module):
                 conv = nn.Conv2d(ch, ch, 3, padding=1)
                 self.up[-1].append(nn.Sequential(nn.Upsample(scale_factor=2.0), conv))
         last = nn.Conv2d(ch, c.out_channels, 3, padding=1)
-        self.out = nn.Sequential(group_norm(ch, c.norm_groups), nn.SiLU(), last)
+        self.out = nn.Sequential(GroupNorm(ch, c.norm_groups), nn.SiLU(), last)
         for name, parameter in self.named_parameters():
             if name.split(".")[-2] in ("conv2", "proj") or name.startswith("out.2"):
                 nn.init.zeros_(parameter)  # each block starts as the identity, the network as 0
@@ -217,13 +218,10 @@ OPENAI_NAMES = {
 
 # What the tensors of its released files don't tell: schedule, T, time_scale, heads.
 OPENAI_FILES = {
-    "cifar10_uncond_50M_500K.pt": ("cosine", 4000, 0.25, 4),
-    "cifar10_uncond_vlb_50M_500K.pt": ("cosine", 4000, 0.25, 4),
-    "imagenet64_uncond_100M_1500K.pt": ("cosine", 4000, 0.25, 4),
-    "imagenet64_uncond_vlb_100M_1500K.pt": ("cosine", 4000, 0.25, 4),
-    "imagenet64_cond_270M_250K.pt": ("cosine", 4000, 1.0, 4),
-    "lsun_uncond_100M_1200K_bs128.pt": ("linear", 1000, 1.0, 1),
-    "lsun_uncond_100M_2400K_bs64.pt": ("linear", 1000, 1.0, 1),
+    "cifar10_uncond": ("cosine", 4000, 0.25, 4),
+    "imagenet64_uncond": ("cosine", 4000, 0.25, 4),
+    "imagenet64_cond": ("cosine", 4000, 1.0, 4),
+    "lsun_uncond": ("linear", 1000, 1.0, 1),
 }
 
 
@@ -235,10 +233,9 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except RuntimeError as error:  # what torch.save makes of a failed write
-        raise OSError(f"cannot write {path}: is the disk full?") from error
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a failed write
+        reason = getattr(error, "strerror", "is the disk full?")
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.tmp")
@@ -256,32 +253,38 @@ def read_checkpoint(path):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        newer = state.get("format", FORMAT) != FORMAT
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no checkpoint, but a {type(state).__name__}")
-    if state.get("format", FORMAT) != FORMAT:
+    if newer:
         raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
     return state
 
 
-def openai_config(state, num_heads):
-    """The UNetConfig of improved-diffusion's tensors, under our names."""
+def from_openai(state, schedule, T, time_scale, num_heads):
+    """improved-diffusion's tensors, and what they don't tell, as a checkpoint of ours."""
+    for theirs, ours in OPENAI_NAMES.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
+    state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
     channels = len(state["down.0.0.weight"])
     # A convolution alone stands before the blocks of each resolution: here the blocks' first.
     first = [i + 1 for i in range(len(state)) if f"down.{i}.0.weight" in state]
     mult = tuple(len(state[f"down.{i}.0.conv1.weight"]) // channels for i in first)
     size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
     attention = [size >> k for k, i in enumerate(first) if f"down.{i}.1.qkv.weight" in state]
-    return UNetConfig(
+    unet = dict(
         image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
         channel_mult=mult, num_res_blocks=first[1] - 2, dropout=0.0, num_heads=num_heads,
         attention_resolutions=tuple(attention), norm_groups=32,
         num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
         scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
     )  # fmt: skip
+    variance = "learned" if unet["out_channels"] == 6 else "large"
+    process = dict(schedule=schedule, T=T, variance=variance, time_scale=time_scale)
+    return dict(unet=unet, ema=state, diffusion=process)
 
 
 def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
@@ -292,25 +295,16 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
     """
     state = read_checkpoint(path)
     try:
-        if "format" in state:
-            model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
-            model.load_state_dict(state["ema"])
-            return model.eval(), process
-        for theirs, ours in OPENAI_NAMES.items():
-            state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-        known = OPENAI_FILES.get(os.path.basename(path))
-        schedule, T, time_scale, num_heads = known or (schedule, T, time_scale, num_heads)
-        if state["down.0.0.weight"].shape[1] != 3:
-            raise ValueError(f"{path}: upsamplers are not supported")
-        model = UNet(openai_config(state, num_heads))
-        # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
-        model.load_state_dict({n: v[..., None] if v.ndim == 3 else v for n, v in state.items()})
+        if "format" not in state:
+            told = [v for k, v in OPENAI_FILES.items() if os.path.basename(path).startswith(k)]
+            state = from_openai(state, *(told or [(schedule, T, time_scale, num_heads)])[0])
+        model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
+        model.load_state_dict(state["ema"])
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
-    if schedule is None or T is None:
+    if process["schedule"] is None or process["T"] is None:
         raise ValueError(f"{path} does not say its process: give --schedule and --T")
-    variance = "learned" if model.config.out_channels == 6 else "large"
-    return model.eval(), dict(schedule=schedule, T=T, variance=variance, time_scale=time_scale)
+    return model.eval(), process
 
 
 # ---- Devices -----------------------------------------------------------------------------------

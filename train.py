@@ -149,11 +149,10 @@ def configure(argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args([]))))
     given = {k: v for k, v in vars(flags.parse_args(argv, unset)).items() if v is not None}
     data = given.get("data", "digits")
-    if os.path.normpath(data) not in ("digits", "cifar10"):  # ./cifar10 is a folder
-        data = os.path.normpath(data)  # DIR/ is DIR
     if data == "digits":
         flags.set_defaults(**DIGITS)
-    elif data != "cifar10":
+    elif data not in ("cifar10", ""):
+        given["data"] = data = os.path.join(os.path.normpath(data), "")  # cifar10/ is a folder
         mult = MULTS.get(given.get("image_size"), (1, 2, 3, 4))
         flags.set_defaults(**FOLDER, channel_mult=mult)
     if "help" in given:
@@ -161,8 +160,6 @@ def configure(argv):
         raise SystemExit
     if "" in given.values():
         fail("--data, --out, --init and --ckpt must not be empty", 2)
-    if "data" in given:
-        given["data"] = data
     out = given.setdefault("out", os.path.join("runs", os.path.basename(os.path.abspath(data))))
     path, config = os.path.join(out, "ckpt.pt"), vars(flags.parse_args([]))
     config["time_scale"] = None  # 1000/T, or that of --init
