@@ -121,7 +121,8 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # x is channels-last: nothing is moved
         q, k, v = qkv.reshape(N, H * W, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # three times as fast there
-            h = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(2, 3), dim=-1) @ v
+            few = zip((q * q.shape[-1] ** -0.5).split(16), k.transpose(2, 3).split(16), v.split(16))
+            h = torch.cat([torch.softmax(q @ k, dim=-1) @ v for q, k, v in few])
         else:  # (N, heads, H·W, C / heads); softmax in float32 whatever the inputs
             h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
