@@ -292,7 +292,8 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
     """UNet with the EMA weights, in eval mode, and Diffusion's arguments, from a file alone.
 
     The file is ours or one that openai/improved-diffusion released; other plain state dicts of its
-    UNet need the arguments after path. Raises OSError, or ValueError if it is damaged or foreign.
+    UNet need the arguments after path, those of the process else go before what a file says.
+    Raises OSError, or ValueError if it is damaged or foreign.
     """
     state = read_checkpoint(path)
     try:
@@ -303,6 +304,8 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
         model.load_state_dict(state["ema"])
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
+    given = dict(schedule=schedule, T=T, time_scale=time_scale)
+    process = process | {name: value for name, value in given.items() if value is not None}
     if process["schedule"] is None or process["T"] is None:
         raise ValueError(f"{path} does not say its process: give --schedule and --T")
     return model.eval(), process

@@ -64,10 +64,10 @@ def parse(argv):
     add("--out", default="samples.png", metavar="PATH", help="X.png, X.gif, X.npz or a folder")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add = flags.add_argument_group("for a plain state dict, which does not say").add_argument
-    add("--T", type=int, metavar="N", help="timesteps it was trained on")
-    add("--schedule", choices=list(SCHEDULES), help="noise schedule")
-    add("--time-scale", type=float, metavar="X", help="of t for the network (1000/T)")
+    add = flags.add_argument_group("what a plain state dict does not say").add_argument
+    add("--T", type=int, metavar="N", help="timesteps it was trained on (the checkpoint's)")
+    add("--schedule", choices=list(SCHEDULES), help="noise schedule (the checkpoint's)")
+    add("--time-scale", type=float, metavar="X", help="of t for the network (the checkpoint's)")
     add("--num-heads", type=int, default=4, metavar="N", help="heads of attention")
     args = flags.parse_args(argv)
     limits = {"eta": (0, 1), "seed": (0, 2**32 - 1), "class": (0, 10**6), "T": (2, 10**5),

@@ -723,7 +723,9 @@ def test_a_checkpoint_gives_the_averaged_weights_ready_to_sample(tmp_path):
     assert loaded.config == model.config and not loaded.training
     given = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2]), torch.tensor([0, 2])
     assert torch.equal(loaded(*given), model(*given))
-    assert Diffusion(**process).T == 30
+    assert process == dict(schedule="linear", T=30, variance="learned")
+    other = load_checkpoint(tmp_path / "ckpt.pt", "cosine", 50, 0.5)[1]  # what is given goes before
+    assert other == dict(schedule="cosine", T=50, variance="learned", time_scale=0.5)
 
 
 class Malicious:
