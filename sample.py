@@ -14,10 +14,13 @@ import contextlib
 import glob
 import math
 import os
+import signal
 import sys
 import zlib
 from datetime import timedelta
 from functools import partial
+
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, not of these imports either
 
 import numpy as np
 import torch
@@ -206,7 +209,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except (OSError, ValueError) as error:
         fail(str(error))
