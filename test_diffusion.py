@@ -1016,6 +1016,16 @@ def test_samples_come_from_weights_averaged_over_the_run(here):
         average = state["ema"]
 
 
+def test_the_average_keeps_no_graph_of_earlier_steps(here, monkeypatch):
+    import train
+
+    found = []
+    monkeypatch.setattr(train, "draw_grid", lambda *given: found.extend(given[3].parameters()))
+    config, state = train.configure([*map(str, TINY), "--steps", "2", "--out", "run"])
+    train.train(config, state, torch.device("cpu"), contextlib.nullcontext())
+    assert found and not any(average.requires_grad for average in found)
+
+
 def test_init_starts_from_the_weights_and_shape_of_a_file(trained, here):
     flags = TINY[:2] + ["--T", 20, "--lr", 0, "--ema", 0, "--steps", 1, "--init", trained]
     assert script("train.py", *flags, "--batch", 8, "--out", "run") == 0

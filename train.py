@@ -464,8 +464,9 @@ def train(config, state, device, autocast):
         if device.type != "mps" or not bad:  # whose optimizer may not know found_inf
             optimizer.step()
         optimizer.zero_grad()
-        # The ramp keeps the initial weights out of the average of a short run.
-        torch._foreach_lerp_(averages, params, 1 - min(config.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():  # else each step's average would keep the one before for a backward
+            # The ramp keeps the initial weights out of the average of a short run.
+            torch._foreach_lerp_(averages, params, 1 - min(config.ema, (1 + step) / (10 + step)))
         losses = torch.cat(losses, 1)
         t_sampler.update(t, losses[0])
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
