@@ -31,7 +31,7 @@ class UNetConfig:
     dropout: float = 0.3
     num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
-    norm_groups: int = 0  # at most; 0: of 4 channels, as the paper's 32 at 128 channels
+    norm_groups: int = 0  # at most; 0: 32, but none of fewer than 4 channels
 
     def __post_init__(self):
         sizes = [self.image_size >> level for level in range(len(self.channel_mult) or 1)]
@@ -42,7 +42,7 @@ class UNetConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """At most 32 groups; of one channel each, they would take an image's mean colour from it.
+    """Groups of one channel each would take an image's mean colour from it: 4 channels or more.
 
     In float32 when the rest is in bfloat16: more exact, and on CPUs several times as fast.
     """
@@ -219,8 +219,8 @@ OPENAI_NAMES = {
 
 # What the tensors of its released files don't tell: schedule, T, time_scale, heads.
 OPENAI_FILES = {
-    "cifar10_uncond": ("cosine", 4000, 0.25, 4),
-    "imagenet64_uncond": ("cosine", 4000, 0.25, 4),
+    "cifar10_uncond": ("cosine", 4000, None, 4),
+    "imagenet64_uncond": ("cosine", 4000, None, 4),
     "imagenet64_cond": ("cosine", 4000, 1.0, 4),
     "lsun_uncond": ("linear", 1000, 1.0, 1),
 }
@@ -235,7 +235,7 @@ def write(path, save):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a failed write
-        reason = getattr(error, "strerror", "is the disk full?")
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -325,11 +325,13 @@ def pick_device(name, dtype):
         raise ValueError(f"--device {name}: there is none here")
     device, native = torch.device(name), False
     if name == "cuda":
+        if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise ValueError("more processes than GPUs: a smaller --nproc-per-node, or --device cpu")
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif name == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        with contextlib.suppress(OSError, AttributeError):  # glibc's M_MMAP_ and M_TRIM_THRESHOLD:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc's M_MMAP_ and M_TRIM_THRESHOLD:
             malloc = ctypes.CDLL(None).mallopt  # keep the memory of one step for the next
             malloc(-3, 2**25), malloc(-1, 2**31 - 1)
     bf16 = dtype == "bf16" or (dtype == "auto" and native)

@@ -93,9 +93,8 @@ def parse(argv):
 
 def newest_checkpoint():
     """The file of the newest run under runs/, else the one in assets/."""
-    here = os.path.dirname(os.path.abspath(__file__))
     found = sorted(glob.glob("runs/*/ckpt.pt"), key=os.path.getmtime)
-    found = found or glob.glob(os.path.join(here, "assets", "*.pt"))
+    found = found or glob.glob(os.path.join(os.path.dirname(__file__), "assets", "*.pt"))
     if not found:
         fail("no checkpoint in runs/ or assets/: run train.py first, or give --ckpt")
     return os.path.relpath(found[-1])
@@ -173,10 +172,9 @@ def main():
         generators = [generator(args.seed, i, device) for i in indices]
         noise = randn((3, size, size), generators)
         y = labels[indices].to(device) if classes else None
+        walk = diffusion.trajectory(model, noise, y, args.method, args.eta, generators=generators)
         with autocast:
-            for i, x, _ in diffusion.trajectory(
-                model, noise, y, args.method, args.eta, generators=generators
-            ):  # fmt: skip
+            for i, x, _ in walk:
                 if kind == ".gif" and i % math.ceil(steps / 40) == 0:
                     frames.append(make_grid(to_uint8(x)))
                 bar.update()
@@ -184,8 +182,7 @@ def main():
             if kind:
                 images[i] = image
             else:
-                picture = Image.fromarray(image)
-                write(files[i], partial(picture.save, format="png", pnginfo=png))
+                write(files[i], partial(Image.fromarray(image).save, format="png", pnginfo=png))
         if not TTY:
             say(str(bar))
     bar.close()

@@ -11,7 +11,7 @@ def gather(values):
     """The tensors of all ranks, of whatever lengths, one after the other -> one tensor."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    # The host's lengths travel on the host where they can, so that it need not wait for the device.
+    # Lengths go from CPU to CPU where they can, so that the host need not wait for the device.
     host = "cpu" if "gloo" in str(dist.get_backend_config()) else values.device
     length = torch.tensor([len(values)], device=host)
     lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]

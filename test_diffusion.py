@@ -667,6 +667,14 @@ def test_auto_takes_bf16_only_where_it_is_native(monkeypatch, native):
         assert not torch.is_autocast_enabled("cpu")
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="more processes than GPUs"):
+        pick_device("auto", "auto")
+
+
 def test_timestep_embedding_has_cosines_first():
     t = torch.tensor([0.0, 7.25, 999])
     freqs = [10_000 ** (-i / 4) for i in range(4)]
@@ -1235,7 +1243,7 @@ def test_eval_measures_the_same_exactly_and_cheaply(trained, here, capsys):
     exact, cheap, large, strided = totals
     assert abs(exact - cheap) < 0.05 and strided > exact and abs(large - exact) > 0.01
     rows = [row.split(",") for row in open(trained.parent / "terms.csv")]
-    assert rows[0] == ["t", "bits_per_dim", "images\n"] and len(rows) == 6
+    assert rows[0] == ["t", "bits_per_dim", "draws\n"] and len(rows) == 6
 
 
 def test_eval_is_shared_out_among_processes(trained, here):

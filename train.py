@@ -183,7 +183,8 @@ def configure(argv):
         state = dict(unet=vars(model.config), model=weights, ema=weights)
     for name in given.keys() & fixed:
         if given[name] != config[name]:
-            fail(f"--{name.replace('_', '-')} {given[name]}: {whose} has {config[name]};"
+            flag = name.removesuffix("_resolutions").replace("_", "-")
+            fail(f"--{flag} {given[name]}: {whose} has {config[name]};"
                  " leave it out, or take another --out", 2)  # fmt: skip
     return argparse.Namespace(**config | given), state
 
@@ -422,8 +423,7 @@ def train(config, state, device, autocast):
             seconds = time.monotonic() - begin
             log += f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{bad:.0f},{seconds:.1f}\n"
             if RANK == 0:
-                with open(os.path.join(config.out, "log.csv"), "w") as file:
-                    file.write(log)
+                write(os.path.join(config.out, "log.csv"), lambda file: file.write(log.encode()))
             sums.zero_()
             bar.set_description_str(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim")
             if not TTY:
@@ -444,8 +444,7 @@ def train(config, state, device, autocast):
 
         lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
         optimizer.param_groups[0]["lr"] = lr
-        dropout = generator(config.seed, 2**30 + step * WORLD + RANK)
-        torch.manual_seed(dropout.initial_seed())
+        torch.manual_seed(generator(config.seed, 2**30 + step * WORLD + RANK).initial_seed())
         x0, y, t, weights, noise = load_batch(config, images, labels, t_sampler, step, device)
         losses, n = [], len(x0)
         for part in range(config.accum):
@@ -485,7 +484,7 @@ def train(config, state, device, autocast):
 
 
 def evaluate(config, device, autocast):
-    """Print a checkpoint's bound on images of --data (or its test set), and write every L_t."""
+    """Print a checkpoint's bound on images of --data (or its test set), write each L_t's mean."""
     known = config.schedule, config.T, None, config.num_heads  # for a plain state dict
     model, process = load_checkpoint(config.ckpt, *known)
     process |= {"variance": config.variance or process["variance"], "steps": config.eval_steps}
@@ -527,7 +526,7 @@ def evaluate(config, device, autocast):
         print(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
         run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
         path, t = os.path.join(run, "terms.csv"), draws.nonzero().flatten()
-        table, header = torch.stack([t, L_t[t], draws[t]], 1), "t,bits_per_dim,images"
+        table, header = torch.stack([t, L_t[t], draws[t]], 1), "t,bits_per_dim,draws"
         np.savetxt(path, table, ("%d", "%.6g", "%d"), ",", header=header, comments="")
         say(f"wrote {path}")
 
@@ -547,8 +546,7 @@ def main():
     if config.eval_only:
         return evaluate(config, device, autocast)
     if config.batch < WORLD * config.accum:
-        fail(f"--batch {config.batch} is no image for each of {WORLD} processes × {config.accum}"
-             " parts (--accum)", 2)  # fmt: skip
+        fail(f"--batch {config.batch} is less than {WORLD} processes × --accum {config.accum}", 2)
     train(config, state, device, autocast)
 
 
