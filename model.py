@@ -326,14 +326,14 @@ def pick_device(name, dtype):
     device, native = torch.device(name), False
     if name == "cuda":
         if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise ValueError("more processes than GPUs: a smaller --nproc-per-node, or --device cpu")
+            raise ValueError("more processes than GPUs: take a smaller --nproc-per-node")
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif name == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc's M_MMAP_ and M_TRIM_THRESHOLD:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is glibc:
             malloc = ctypes.CDLL(None).mallopt  # keep the memory of one step for the next
-            malloc(-3, 2**25), malloc(-1, 2**31 - 1)
+            malloc(-3, 2**25), malloc(-1, 2**31 - 1)  # M_MMAP_ and M_TRIM_THRESHOLD
     bf16 = dtype == "bf16" or (dtype == "auto" and native)
     torch.backends.cudnn.allow_tf32 = bf16  # else its "float32" has the 10 bits of TF32
     return device, torch.autocast(name, torch.bfloat16, enabled=bf16)

@@ -29,7 +29,6 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, not of t
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.utils import clip_grad_norm_
 from torchvision.datasets import CIFAR10
@@ -363,7 +362,7 @@ def draw_grid(path, seed, diffusion, ema, device, autocast):
     y = torch.arange(64, device=device) % classes if classes else None
     with autocast:
         x = diffusion.sample(ema, randn((3, size, size), generators), y, generators=generators)
-    x = F.interpolate(x, scale_factor=float(max(1, 64 // size)))
+    x = torch.nn.functional.interpolate(x, scale_factor=float(max(1, 64 // size)))
     write(path, lambda f: save_image(x, f, "png", normalize=True, value_range=(-1, 1)))
 
 
@@ -400,6 +399,8 @@ def train(config, state, device, autocast):
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
+    ckpt = os.path.join(config.out, "ckpt.pt")
+    about = dict(config=vars(config), unet=vars(model.config), diffusion=process)
     # Since the last row of the log: loss, bits/dim, gradient norm, steps, skipped steps.
     sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
@@ -434,11 +435,8 @@ def train(config, state, device, autocast):
             path = os.path.join(config.out, "samples", f"{step:07}.png")
             draw_grid(path, config.seed, preview, ema, device, autocast)
         if RANK == 0 and saves:
-            state = {name: part.state_dict() for name, part in stateful.items()} | dict(
-                step=step, seconds=seconds, log=log, config=vars(config), unet=vars(model.config),
-                diffusion=process,
-            )  # fmt: skip
-            save_checkpoint(os.path.join(config.out, "ckpt.pt"), state)
+            parts = {name: part.state_dict() for name, part in stateful.items()}
+            save_checkpoint(ckpt, about | parts | dict(step=step, seconds=seconds, log=log))
         if last or stopping:
             break
 
@@ -477,7 +475,7 @@ def train(config, state, device, autocast):
     if stopping:
         raise SystemExit(128 + stopping)
     if RANK == 0:
-        print(os.path.join(config.out, "ckpt.pt"))
+        print(ckpt)
 
 
 # ---- Bits per dimension ------------------------------------------------------------------------
