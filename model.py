@@ -76,15 +76,15 @@ def dropout(x, p):
 
 
 class ResBlock(nn.Module):
-    """(N, in_channels, H, W) and a time embedding (N, D) -> (N, out_channels, H, W)."""
+    """(N, in_channels, H, W) and a time embedding (N, 4·channels) -> (N, out_channels, H, W)."""
 
-    def __init__(self, in_channels, out_channels, emb_dim, dropout, scale_shift_norm, groups):
+    def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.dropout, self.scale_shift_norm = dropout, scale_shift_norm
-        self.norm1 = GroupNorm(in_channels, groups)
+        self.dropout, self.scale_shift_norm = config.dropout, config.scale_shift_norm
+        self.norm1 = GroupNorm(in_channels, config.norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, (2 if scale_shift_norm else 1) * out_channels)
-        self.norm2 = GroupNorm(out_channels, groups)
+        self.emb = nn.Linear(4 * config.channels, (1 + self.scale_shift_norm) * out_channels)
+        self.norm2 = GroupNorm(out_channels, config.norm_groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -106,12 +106,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention of several heads over the H·W pixels of (N, C, H, W)."""
 
-    def __init__(self, channels, num_heads, groups=0):
+    def __init__(self, channels, config):
         super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"{num_heads} heads for {channels} channels")
-        self.num_heads = num_heads
-        self.norm = GroupNorm(channels, groups)
+        self.num_heads = config.num_heads
+        if channels % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads for {channels} channels")
+        self.norm = GroupNorm(channels, config.norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -144,20 +144,17 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c, emb_dim = config, 4 * config.channels
+        c, D = config, 4 * config.channels
 
         def stage(in_channels, out_channels, size):
-            how = c.dropout, c.scale_shift_norm, c.norm_groups
-            layers = [ResBlock(in_channels, out_channels, emb_dim, *how)]
+            layers = [ResBlock(in_channels, out_channels, c)]
             if size in c.attention_resolutions:
-                layers.append(Attention(out_channels, c.num_heads, c.norm_groups))
+                layers.append(Attention(out_channels, c))
             return Stage(*layers)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(c.channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(c.channels, D), nn.SiLU(), nn.Linear(D, D))
         if c.num_classes is not None:
-            self.label_emb = nn.Embedding(c.num_classes, emb_dim)
+            self.label_emb = nn.Embedding(c.num_classes, D)
         self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, c.channels, 3, padding=1))])
         skips = [c.channels]  # channels of each output on the way down, to be joined on the way up
         for level, mult in enumerate(c.channel_mult):
@@ -168,8 +165,7 @@ class UNet(nn.Module):
                 self.down.append(stage(skips[-1], mult * c.channels, c.image_size >> level))
                 skips.append(mult * c.channels)
         ch = skips[-1]
-        first, last = stage(ch, ch, None)[0], stage(ch, ch, None)[0]
-        self.middle = Stage(first, Attention(ch, c.num_heads, c.norm_groups), last)
+        self.middle = Stage(ResBlock(ch, ch, c), Attention(ch, c), ResBlock(ch, ch, c))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             for _ in range(c.num_res_blocks + 1):

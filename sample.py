@@ -109,10 +109,9 @@ def make_grid(images):
     """uint8 (N, H, W, C) -> one nearly square Image; small images are enlarged to be seen."""
     n, h, w, c = images.shape
     columns = math.ceil(n**0.5)
-    rows = math.ceil(n / columns)
-    cells = np.pad(images, ((0, rows * columns - n), (0, 1), (0, 1), (0, 0)))
-    grid = cells.reshape(rows, columns, h + 1, w + 1, c).swapaxes(1, 2)
-    grid = grid.reshape(rows * (h + 1), columns * (w + 1), c)[:-1, :-1]
+    cells = np.pad(images, ((0, -n % columns), (0, 1), (0, 1), (0, 0)))
+    grid = cells.reshape(-1, columns, h + 1, w + 1, c).swapaxes(1, 2)
+    grid = grid.reshape(-1, columns * (w + 1), c)[:-1, :-1]
     zoom = max(1, 64 // h)
     return Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1))
 
@@ -131,9 +130,8 @@ def main():
     args, kind = parse(sys.argv[1:])
     path = args.ckpt or newest_checkpoint()
     model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
-    classes, size, weights = model.config.num_classes, model.config.image_size, 0
-    for parameter in model.parameters():  # a checksum, the same whatever the device
-        weights = zlib.crc32(parameter.detach().contiguous().numpy(), weights)
+    classes, size = model.config.num_classes, model.config.image_size
+    weights = zlib.crc32(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy())
     steps = args.steps or min(250, process["T"])
     labels = torch.arange(args.n) % (classes or 1)
     if (label := vars(args)["class"]) is not None:
@@ -160,15 +158,14 @@ def main():
     if not os.access(folder, os.W_OK):
         fail(f"--out {args.out}: cannot write there")
     mine = [i for i in range(RANK, args.n, WORLD) if kind or not is_done(files[i], about)]
-    batch = args.batch
     if kind == ".gif":  # its frames hold all images
-        mine, batch = list(range(args.n)) * (RANK == 0), args.n
+        mine, args.batch = list(range(args.n)) * (RANK == 0), args.n
     images, frames = np.zeros((args.n if kind else 0, size, size, 3), np.uint8), []
-    starts = range(0, len(mine), batch)
+    starts = range(0, len(mine), args.batch)
     screen = sys.stderr if TTY and RANK == 0 else open(os.devnull, "w")
     bar = tqdm(total=len(starts) * steps, unit="step", file=screen)
     for start in starts:
-        indices = mine[start : start + batch]
+        indices = mine[start : start + args.batch]
         generators = [generator(args.seed, i, device) for i in indices]
         noise = randn((3, size, size), generators)
         y = labels[indices].to(device) if classes else None

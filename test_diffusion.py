@@ -627,7 +627,7 @@ def test_dropout_keeps_each_element_with_probability_1_minus_p(p):
 
 
 def test_attention_is_softmax_attention_of_the_published_layout():
-    layer, heads, C = Attention(8, 2).double(), 2, 8
+    layer, heads, C = Attention(8, UNetConfig(num_heads=2)).double(), 2, 8
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     x = randn(2, C, 3, 3)
@@ -646,7 +646,7 @@ def test_attention_is_softmax_attention_of_the_published_layout():
 
 
 def test_bf16_attention_and_norm_stay_close_to_float32():
-    layer = Attention(32, 4)
+    layer = Attention(32, UNetConfig(num_heads=4))
     layer.qkv.weight.data *= 4
     torch.nn.init.normal_(layer.proj.weight)
     x = torch.randn(20, 32, 8, 8)
