@@ -409,8 +409,9 @@ def train(config, state, device, autocast):
     except BlockingIOError:
         fail(f"another run is writing to {config.out}: take another --out")
     stop, bar = catch_signals(), tqdm(
-        total=config.steps * config.batch, initial=start * config.batch, unit=" images",
-        unit_scale=True, file=sys.stderr if TTY and RANK == 0 else open(os.devnull, "w"),
+        desc=f"step {start}", total=config.steps * config.batch, initial=start * config.batch,
+        file=sys.stderr if TTY and RANK == 0 else open(os.devnull, "w"), unit=" images",
+        unit_scale=True,
         bar_format="{desc}, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
     )  # fmt: skip
     for step in range(start, max(start, config.steps) + 1):  # steps done; the last pass only saves
