@@ -1,17 +1,25 @@
 """The mathematics of Improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672), for any network.
 
-This file stands alone. A `model` is any callable (x_t, time, y) -> (N, C or 2C, H, W) that predicts
-the noise ε in x_t (N, C, H, W) and, for variance="learned", v in [-1, 1] after it. Equation numbers
-are the paper's. Index t = 0 … T-1 is its t = 1 … T, while L_t has its index: L_0 is the decoder
-(eq. 5), L_1 … L_{T-1} are KLs (eq. 6). Images are in [-1, 1], L_t in bits per dimension.
+This file stands alone: copy it beside a network of your own. A `model` here is any callable
+(x_t, time, y) -> (N, C or 2C, H, W) which predicts the noise ε that is in x_t (N, C, H, W) and, for
+variance="learned", v in [-1, 1] in C more channels. Equation numbers are the paper's.
+
+Images are in [-1, 1]. The index t = 0 … T-1 is the paper's t = 1 … T. The terms L_t of the bound
+keep the paper's index: L_0 is the decoder (eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the
+prior (eq. 7). All of them are in bits per dimension.
 """
 
 import math
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 LAMBDA = 0.001  # weight of L_vlb in L_hybrid (eq. 16)
+
+# The process and the sampler that draw in few calls what T calls would: chosen by measurement.
+FEW_STEPS = dict(steps=25, spacing=1.0, min_alpha_bar=1e-4)
+FEW_STEPS_SAMPLER = dict(method="ancestral", order=2)
 
 
 # ---- Noise schedules ---------------------------------------------------------------------------
@@ -32,103 +40,77 @@ def cosine_betas(T, s=0.008):
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-# ---- Gaussians ---------------------------------------------------------------------------------
+def select_timesteps(steps, last, spacing):
+    """`steps` of the timesteps 0 … last, both ends among them -> an ascending list.
 
-
-def normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N1 || N2) of each element, in nats."""
-    ratio = log_variance1 - log_variance2
-    return 0.5 * (ratio.expm1() - ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
-
-
-def decoder_log_likelihood(x0, mean, log_variance):
-    """log p(x0 | x_1) of each element, in nats: a Gaussian summed over the bin of each pixel value.
-
-    x0 in [-1, 1] on the grid of 256 values; bins are 2/255 wide, those at ±1 open to infinity.
+    t_i = (i / (steps-1))^spacing · last: spacing 1 lays them evenly, 2 and 3 ever closer together
+    towards t = 0, where the terms of the bound are largest.
     """
-    inv_std = torch.exp(-0.5 * log_variance)
-    upper = torch.where(x0 > 0.999, 1e6, inv_std * (x0 - mean + 1 / 255))
-    lower = torch.where(x0 < -0.999, -1e6, inv_std * (x0 - mean - 1 / 255))
-    # log P(lower < z < upper), mirrored into the left tail, where log_ndtr keeps all its digits.
-    mirror = upper + lower > 0
-    upper, lower = torch.where(mirror, -lower, upper), torch.where(mirror, -upper, lower)
-    log_upper = torch.special.log_ndtr(upper)
-    log_ratio = (torch.special.log_ndtr(lower) - log_upper).clamp(max=-1e-12)
-    return log_upper + torch.log(-torch.expm1(log_ratio))
-
-
-def bits(nats):
-    """(N, ...) nats of each element -> (N,) bits per dimension."""
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def generator(seed, index, device="cpu"):
-    """A torch.Generator for image or step `index` of a seed; those of one seed all differ."""
-    # The CPU's generator looks at the lower 32 bits alone.
-    return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32)
-
-
-def randn(shape, generators):
-    """Normal noise (N, *shape), that of each image from its own generator, on their device."""
-    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+    if steps == 1:
+        return [last]
+    return [max(i, round((i / (steps - 1)) ** spacing * last)) for i in range(steps)]
 
 
 # ---- The process -------------------------------------------------------------------------------
 
 
 class Diffusion:
-    """A diffusion process: q, p, losses, likelihood and samplers.
+    """The forward process q, the reverse process p, the losses, the likelihood and the samplers.
 
-    schedule    one of SCHEDULES, or betas (a tensor or list, each in (0, 1)), which then set T
-    T           number of steps of the process that the network is trained on
-    variance    of p: "learned" (eq. 15), "small" (β̃) or "large" (β; at t = 0, as in the released
-                code, β̃ of t = 1)
-    steps       run only this many of the T timesteps, evenly spaced with both ends (an int), or
-                just the listed ones: the same process with the betas of eq. 19. None: all of them
-    time_scale  the network sees t·time_scale; None: 1000/T, so that it need not know T
+    schedule       one of SCHEDULES, or betas (a tensor or list, each in (0, 1)), which then set T
+    T              number of steps of the process that the network is trained on
+    variance       Σ of p: "learned" (eq. 15), "small" (β̃) or "large" (β)
+    steps          run only this many of the T timesteps (an int), or just the listed ones: the same
+                   process with the betas of eq. 19. None: all of them
+    spacing        how an int of steps is laid, 1 … 10: see select_timesteps
+    time_scale     the network is given t·time_scale. None: 1000/T, so that it need not know T
+    min_alpha_bar  leave out the last timesteps, whose alphas_bar is smaller. See trajectory
 
-    Everywhere t (N,) counts the steps of this process, 0 … num_steps-1; only the network is given
-    the original timestep. Tables are float64, made once, on the CPU until `.to(device)`.
+    Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
+    given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
     Raises ValueError for arguments out of range.
     """
 
-    def __init__(self, schedule="cosine", T=4000, variance="learned", steps=None, time_scale=None):
+    def __init__(
+        self, schedule="cosine", T=4000, variance="learned", steps=None, spacing=1.0,
+        time_scale=None, min_alpha_bar=0.0,
+    ):  # fmt: skip
         if variance not in ("learned", "small", "large"):
             raise ValueError(f"variance must be learned, small or large, not {variance!r}")
-        if isinstance(schedule, str):
-            if schedule not in SCHEDULES:
-                raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {schedule!r}")
-            if T < 2:
-                raise ValueError(f"T must be at least 2, not {T}")
-            betas = SCHEDULES[schedule](T)
-        else:
+        if not 1 <= spacing <= 10:
+            raise ValueError(f"spacing must be 1 … 10, not {spacing}")
+        if not isinstance(schedule, str):
             betas = torch.as_tensor(schedule, dtype=torch.float64).cpu()
             T = len(betas)
+        elif schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {schedule!r}")
+        elif T < 2:
+            raise ValueError(f"T must be at least 2, not {T}")
+        else:
+            betas = SCHEDULES[schedule](T)
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must lie between 0 and 1")
+
+        alphas_bar = torch.cumprod(1 - betas, 0)
+        last = max(0, int((alphas_bar >= min_alpha_bar).sum()) - 1)
         if steps is None:
-            steps = range(T)
+            steps = range(last + 1)
         elif isinstance(steps, int):
             if not 1 <= steps <= T:
                 raise ValueError(f"steps must be 1 … {T}, as the process has T = {T}, not {steps}")
-            stride = (T - 1) / max(steps - 1, 1)
-            steps = [round(i * stride) for i in range(steps)] if steps > 1 else [T - 1]
+            steps = select_timesteps(min(steps, last + 1), last, spacing)
         timesteps = torch.tensor(sorted(set(steps)))
         if not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"steps must be timesteps between 0 and {T - 1}")
-
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
 
-        # The tables, each (num_steps,), with the paper's formulas.
-        alphas_bar = torch.cumprod(1 - betas, 0)[timesteps]
+        # The tables, each (num_steps,), by the paper's formulas.
+        alphas_bar = alphas_bar[timesteps]
         alphas_bar_prev = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
         alphas = alphas_bar / alphas_bar_prev
         betas = 1 - alphas  # eq. 19; if no step is skipped, the schedule's own
         posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)  # β̃, eq. 10
-        # β̃ is 0 at t = 0, where x_0 is known. The decoder needs a width there: the next step's, as
-        # in the released code.
-        first = posterior_variance[1:2] if len(betas) > 1 else betas
         self.alphas_bar, self.alphas_bar_prev, self.betas = alphas_bar, alphas_bar_prev, betas
         self.posterior_variance = posterior_variance
         self.sqrt_alphas_bar = alphas_bar.sqrt()
@@ -136,9 +118,17 @@ class Diffusion:
         # The coefficients of x0 and x_t in eq. 11.
         self.posterior_x0 = betas * alphas_bar_prev.sqrt() / (1 - alphas_bar)
         self.posterior_x_t = (1 - alphas_bar_prev) * alphas.sqrt() / (1 - alphas_bar)
+        # At t = 0, where x_0 is known, β̃ is 0; but the decoder (eq. 5) needs a width. The choices
+        # small and large take β̃ of t = 1 there, as does the released code.
+        first = posterior_variance[1:2] if len(betas) > 1 else betas
         self.log_betas = betas.log()
         self.log_small = torch.cat([first, posterior_variance[1:]]).log()
         self.log_large = torch.cat([first, betas[1:]]).log()
+        # 1/(2r) of trajectory's order 2: 0 in the first and the last step.
+        half_log_snr = 0.5 * (alphas_bar / (1 - alphas_bar)).log()  # λ
+        widths = half_log_snr[:-1] - half_log_snr[1:]
+        self.extrapolation = torch.zeros_like(betas)
+        self.extrapolation[1:-1] = widths[:-1] / (2 * widths[1:])
 
     def to(self, device):
         """Move the tables, as float32 to devices that know no float64. Returns self."""
@@ -150,7 +140,7 @@ class Diffusion:
 
     @staticmethod
     def _like(values, x):
-        """A value an image, in the precision of x, shaped to multiply it."""
+        """One value for each image, in the precision of x, shaped to multiply x."""
         return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
     def _at(self, table, t, x):
@@ -164,10 +154,7 @@ class Diffusion:
         return signal + self._at(self.sqrt_one_minus_alphas_bar, t, x0) * noise
 
     def posterior(self, x0, x_t, t):
-        """q(x_{t-1} | x_t, x0) -> mean, log_variance (N, C, H, W) (eq. 10, 11, 12).
-
-        At t = 0 its variance is 0; log_variance is that of t = 1 instead, to stay finite.
-        """
+        """q(x_{t-1} | x_t, x0) -> mean, log_variance, each (N, C, H, W) (eq. 10, 11, 12)."""
         mean = self._at(self.posterior_x0, t, x_t) * x0 + self._at(self.posterior_x_t, t, x_t) * x_t
         return mean, self._at(self.log_small, t, x_t).expand_as(x_t)
 
@@ -181,8 +168,11 @@ class Diffusion:
 
     # -- p: from noise to data
 
-    def _network(self, model, x_t, t, y):
-        """The model's ε and v (of no channels if it has none), their number checked."""
+    def predict(self, model, x_t, t, y=None):
+        """The model's ε and v, each (N, C, H, W); v is None if it has none. Its only call.
+
+        Raises ValueError if the model returns another number of channels than it must.
+        """
         out = model(x_t, self.times[t], y).to(x_t.dtype)
         C = x_t.shape[1]
         if out.shape[1] not in (C, 2 * C) or (self.variance == "learned" and out.shape[1] == C):
@@ -191,19 +181,19 @@ class Diffusion:
                 f"the model returned {out.shape[1]} channels; with variance={self.variance!r} it"
                 f" must return {wanted}"
             )
-        return out[:, :C], out[:, C:]
+        return out[:, :C], (out[:, C:] if out.shape[1] == 2 * C else None)
 
-    def reverse(self, model, x_t, t, y=None, clip=True):
+    def reverse(self, eps, v, x_t, t, clip=True):
         """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W) (eq. 3).
 
-        x0_hat is the model's estimate of x0, clipped to [-1, 1] if clip, before the mean is formed.
+        x0_hat is the estimate of x0 that follows from ε; if clip, it is clipped to [-1, 1] before
+        the mean is formed.
         """
-        eps, v = self._network(model, x_t, t, y)
         x0_hat = x_t - self._at(self.sqrt_one_minus_alphas_bar, t, x_t) * eps
         x0_hat = x0_hat / self._at(self.sqrt_alphas_bar, t, x_t)  # eq. 9, solved for x0
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
-        mean, log_small = self.posterior(x0_hat, x_t, t)  # eq. 11; unclipped: eq. 13
+        mean, log_small = self.posterior(x0_hat, x_t, t)  # eq. 11; if not clipped, eq. 13
         if self.variance == "small":
             return mean, log_small, x0_hat
         if self.variance == "large":
@@ -212,30 +202,29 @@ class Diffusion:
         log_variance = frac * self._at(self.log_betas, t, x_t) + (1 - frac) * log_small  # eq. 15
         return mean, log_variance, x0_hat
 
-    # -- Likelihood and losses
+    # -- Losses
 
-    def vlb_term(self, model, x0, x_t, t, y=None, clip=True):
-        """L_t (N,) in bits per dimension: a KL, or at t = 0 the negative log-likelihood of x0."""
-        mean, log_variance, _ = self.reverse(model, x_t, t, y, clip)
+    def vlb_term(self, x0, x_t, t, mean, log_variance):
+        """L_t (N,) in bits per dimension, for the mean and log_variance that p has at x_t.
+
+        A KL divergence, or at t = 0 the negative log-likelihood of x0.
+        """
         true_mean, true_log_variance = self.posterior(x0, x_t, t)
         kl = bits(normal_kl(true_mean, true_log_variance, mean, log_variance))  # eq. 6
         nll = -bits(decoder_log_likelihood(x0, mean, log_variance))  # eq. 5
         return torch.where(t == 0, nll, kl)
 
-    def loss(self, model, x0, t, y=None, noise=None, objective="hybrid"):
-        """The training loss of each image (N,), at its timestep t (N,). See losses."""
-        return self.losses(model, x0, t, y, noise, objective)[0]
-
     def losses(self, model, x0, t, y=None, noise=None, objective="hybrid"):
-        """The training loss (N,), and for the log T·L_t (N,), whose mean over t estimates L_vlb.
+        """The training loss (N,) at timesteps t (N,), and T·L_t (N,), whose mean estimates L_vlb.
 
-        objective  "simple": L_simple, the mean over C·H·W of (ε - ε̂)² (eq. 14 writes the sum),
-                             which teaches v nothing
+        objective  "simple": L_simple, the mean over C·H·W of (ε - ε̂)², of which v learns nothing
+                             (eq. 14 has the sum)
                    "vlb":    T·L_t, an estimate of L_vlb in bits per dimension (eq. 4)
                    "hybrid": L_simple + λ·T·L_t, the mean in L_t detached, so that ε learns from
-                             L_simple alone and v from L_vlb alone (eq. 16); λ = 0.001 belongs
+                             L_simple alone and v from L_vlb alone (eq. 16). λ = 0.001 belongs
                              to this mean and to bits per dimension
-        The predicted x0 is never clipped here: a clipped prediction has no gradient.
+        The predicted x0 is never clipped here: a clipped prediction has no gradient. Raises
+        ValueError for another objective, or for "hybrid" without a learned variance.
         """
         if objective not in ("simple", "hybrid", "vlb"):
             raise ValueError(f"objective must be simple, hybrid or vlb, not {objective!r}")
@@ -243,67 +232,79 @@ class Diffusion:
             raise ValueError("objective hybrid needs variance learned: its second term trains it")
         noise = torch.randn_like(x0) if noise is None else noise
         x_t = self.add_noise(x0, t, noise)
-        eps, v = self._network(model, x_t, t, y)
+        eps, v = self.predict(model, x_t, t, y)
         simple = (noise - eps).square().flatten(1).mean(1)
-        outputs = torch.cat([eps if objective == "vlb" else eps.detach(), v], dim=1)
-        # L_vlb is a sum over steps, t one step drawn from them: hence the number of steps.
-        vlb = self.num_steps * self.vlb_term(lambda *_: outputs, x0, x_t, t, clip=False)
+        eps = eps if objective == "vlb" else eps.detach()
+        mean, log_variance, _ = self.reverse(eps, v, x_t, t, clip=False)
+        # L_vlb is a sum over steps, and t is one of them, drawn: hence the number of steps.
+        vlb = self.num_steps * self.vlb_term(x0, x_t, t, mean, log_variance)
         loss = {"simple": simple, "vlb": vlb, "hybrid": simple + LAMBDA * vlb}[objective]
         return loss, vlb.detach()
 
-    @torch.no_grad()
-    def bits_per_dim(self, model, x0, y=None, p=None, calls=None, progress=False):
-        """The variational bound of images, exactly or estimated from a few calls of the model.
+    # -- Likelihood
 
-        x0 (N, C, H, W) -> total (N,), terms (N, num_steps), prior (N,); total = Σ terms + prior.
-        p None      every L_t: num_steps calls of the model
-        p, calls    an unbiased estimate of the total from 1 + calls of them: L_0, and `calls`
-                    timesteps t ≥ 1 drawn from p (num_steps,), see pilot; the terms not drawn
-                    are NaN. Each image has one t in each of `calls` equal parts of p's mass
+    def draw_term(self, model, x0, t, y=None):
+        """L_t (N,) in bits per dimension at one draw of x_t: unbiased for its mean over x_t."""
+        x_t = self.add_noise(x0, t, torch.randn_like(x0))
+        eps, v = self.predict(model, x_t, t, y)
+        mean, log_variance, _ = self.reverse(eps, v, x_t, t)
+        return self.vlb_term(x0, x_t, t, mean, log_variance)
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x0, y=None, progress=False):
+        """Every term of the variational bound: x0 (N, C, H, W) -> terms (N, num_steps), prior (N,).
+
+        The bound of an image is the sum of its terms and its prior (eq. 4). Costs num_steps calls.
         """
-        if (p is None) != (calls is None):
-            raise ValueError("p and calls go together")
+        terms = []
+        for i in tqdm(range(self.num_steps), "bits/dim", disable=not progress, leave=False):
+            t = torch.full(x0.shape[:1], i, device=x0.device)
+            terms.append(self.draw_term(model, x0, t, y))
+        return torch.stack(terms, 1), self.prior(x0)
+
+    @torch.no_grad()
+    def estimate_bits_per_dim(self, model, x0, p, calls, y=None):
+        """An unbiased estimate of the variational bound from 1 + calls calls of the model.
+
+        x0 (N, C, H, W) -> total (N,), terms (N, num_steps) with NaN where t was not drawn, prior
+        (N,). L_0 is always computed. Each image draws `calls` timesteps t ≥ 1 from p (num_steps,),
+        see pilot: one in each of `calls` equal parts of p's mass.
+        """
         N, device = len(x0), x0.device
-        times = torch.arange(self.num_steps, device=device)[:, None].expand(-1, N)
-        weights = torch.ones(self.num_steps, device=device)
-        if p is not None:
-            p = p[1:] / p[1:].sum()
-            u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, N, device=device)
-            drawn = 1 + torch.searchsorted(p.cumsum(0), u.to(p.dtype) / calls, right=True)
-            times = torch.cat([times[:1], drawn.clamp(max=self.num_steps - 1)])
-            weights[1:] /= calls * p
+        p = p[1:] / p[1:].sum()
+        u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, N, device=device)
+        drawn = 1 + torch.searchsorted(p.cumsum(0), u.to(p.dtype) / calls, right=True)
+        drawn = drawn.clamp(max=self.num_steps - 1)  # a sum of floats may end below 1
+        weights = torch.cat([p.new_ones(1), 1 / (calls * p)]).to(x0.dtype)
         total = prior = self.prior(x0)
         terms = x0.new_full((N, self.num_steps), math.nan)
-        for t in tqdm(times, "bits/dim", disable=not progress, leave=False):
-            x_t = self.add_noise(x0, t, torch.randn_like(x0))
-            L_t = self.vlb_term(model, x0, x_t, t, y)
+        for t in torch.cat([torch.zeros_like(drawn[:1]), drawn]):
+            L_t = self.draw_term(model, x0, t, y)
             terms.scatter_(1, t[:, None], L_t[:, None])
             total = total + weights[t] * L_t
         return total, terms, prior
 
     @torch.no_grad()
     def pilot(self, model, x0, y=None, points=32):
-        """What bits_per_dim draws t from: p (num_steps,) ∝ sqrt(E[L_t²]), 0 at t = 0.
+        """What estimate_bits_per_dim draws t from: p (num_steps,) ∝ sqrt(E[L_t²]), 0 at t = 0.
 
-        L_t is measured on the images x0 at `points` timesteps, its logarithm interpolated.
+        L_t is measured on the images x0 at `points` timesteps and interpolated between them.
         Raises ValueError for a process of fewer than 3 steps.
         """
         if (last := self.num_steps - 1) < 2:
             raise ValueError("so few steps need no pilot: compute every term")
-        fractions = torch.linspace(0, 1, points // 2, dtype=torch.float64)
-        knots = torch.cat([last**fractions, 1 + (last - 1) * fractions]).round().long().unique()
-        rms = []
+        # Half of the points lie close together near t = 0, where L_t is large; half lie evenly.
+        half = points // 2
+        knots = np.concatenate([np.geomspace(1, last, half), np.linspace(1, last, half)])
+        knots = np.unique(knots.round().astype(int))
+        log_rms = []
         for knot in knots.tolist():
             t = torch.full(x0.shape[:1], knot, device=x0.device)
-            x_t = self.add_noise(x0, t, torch.randn_like(x0))
-            rms.append(self.vlb_term(model, x0, x_t, t, y).square().mean().sqrt())
-        log_rms = torch.stack(rms).cpu().double().clamp(min=1e-12).log()
-        t = torch.arange(1, self.num_steps)
-        right = torch.searchsorted(knots, t).clamp(min=1)
-        fraction = (t - knots[right - 1]) / (knots[right] - knots[right - 1])
-        p = torch.lerp(log_rms[right - 1], log_rms[right], fraction.double()).exp()
+            L_t = self.draw_term(model, x0, t, y)
+            log_rms.append(L_t.square().mean().sqrt().clamp(min=1e-12).log().item())
+        p = np.exp(np.interp(np.arange(1, self.num_steps), knots, log_rms))
         p = 0.98 * p / p.sum() + 0.02 / last  # no t is so rare that its weight spoils the estimate
-        return torch.cat([p.new_zeros(1), p]).to(self.betas)
+        return torch.from_numpy(np.concatenate([[0.0], p])).to(self.betas)
 
     # -- Samplers
 
@@ -318,39 +319,126 @@ class Diffusion:
 
     @torch.no_grad()
     def trajectory(
-        self, model, noise, y=None, method="ancestral", eta=0.0, clip=True, generators=None
+        self, model, noise, y=None, method="ancestral", eta=0.0, order=1, clip=True, generators=None
     ):
         """Yield (i, x after step i, x0_hat) for i = num_steps-1 … 0, from noise (N, C, H, W).
 
-        The x of i = 0 is the image. Raises ValueError for another method or eta.
+        The x of i = 0 is the image. Each step costs one call of the model.
 
-        method      "ancestral": draw from p(x_{t-1} | x_t); "ddim": eta 0 (no noise) … 1
-        generators  one torch.Generator an image, on the device of noise: then an image does not
-                    depend on the others of its batch. None: the global one
+        method      "ancestral": draw from p(x_{t-1} | x_t); "ddim": with eta 0 (no noise) … 1
+        order       1, or 2: the step uses x0_hat extrapolated half a step ahead, from this call and
+                    the one before (Lu et al. 2022, arXiv 2211.01095): DPM-Solver++(2M) for ddim
+                    with eta 0, its SDE variant for ancestral. The noise of ancestral steps then has
+                    the variance β̃, which belongs to it: a learned Σ already covers the error that
+                    the extrapolation corrects, and would count it twice
+        generators  one torch.Generator for each image, on the device of noise: then an image does
+                    not depend on the others of its batch. None: the global one
+        With the cosine schedule, x0_hat at t = T-1 is ε's error divided by 1e-5. A process for few
+        steps had better leave such timesteps out, see min_alpha_bar.
+        Raises ValueError for another method, eta or order.
         """
         if method not in ("ancestral", "ddim"):
             raise ValueError(f"method must be ancestral or ddim, not {method!r}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 … 1, not {eta}")
-        x = noise
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, not {order}")
+        x, previous = noise, None
         for i in reversed(range(self.num_steps)):
             t = torch.full(x.shape[:1], i, device=x.device)
-            mean, log_variance, x0_hat = self.reverse(model, x, t, y, clip)
+            eps, v = self.predict(model, x, t, y)
+            mean, log_variance, x0_hat = self.reverse(eps, v, x, t, clip)
+            ahead = x0_hat
+            if order == 2:
+                trend = x0_hat - (x0_hat if previous is None else previous)
+                ahead = x0_hat + self._at(self.extrapolation, t, x) * trend
+                mean, log_variance = self.posterior(ahead, x, t)
             if method == "ddim":
-                mean, std = self._ddim(x, t, x0_hat, eta)
+                mean, std = self._ddim(x, t, ahead, eta)
             else:
                 std = torch.exp(0.5 * log_variance)
-            x = mean
+            x, previous = mean, x0_hat
             if i > 0 and (method == "ancestral" or eta > 0):  # the last step adds no noise
                 z = randn(x.shape[1:], generators) if generators else torch.randn_like(x)
                 x = torch.addcmul(mean, std, z)
             yield i, x, x0_hat
 
     def sample(
-        self, model, noise, y=None, method="ancestral", eta=0.0, generators=None, progress=False
-    ):
+        self, model, noise, y=None, method="ancestral", eta=0.0, order=1, generators=None,
+        progress=False,
+    ):  # fmt: skip
         """Images (N, C, H, W) in [-1, 1] from x_T = noise. The arguments are trajectory's."""
-        steps = self.trajectory(model, noise, y, method, eta, generators=generators)
+        steps = self.trajectory(model, noise, y, method, eta, order, generators=generators)
         for _, x, _ in tqdm(steps, "sampling", self.num_steps, disable=not progress, leave=False):
             pass
         return x.clamp(-1, 1)
+
+
+def guided(model, scale):
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a model to sample from.
+
+    ε is ε_uncond + scale·(ε_cond - ε_uncond), and v is the conditional one, from one call of the
+    model with twice the batch. Scale 1 is the conditional model, 0 the unconditional one. The model
+    must have been trained with y = -1, no class, now and then.
+    """
+
+    def guided_model(x_t, time, y, **inputs):
+        no_class = torch.full_like(y, -1)
+        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        x_twice, time_twice = torch.cat([x_t, x_t]), torch.cat([time, time])
+        out = model(x_twice, time_twice, torch.cat([y, no_class]), **twice)
+        cond, uncond = out.to(x_t.dtype).chunk(2)
+        C = x_t.shape[1]
+        eps = torch.lerp(uncond[:, :C], cond[:, :C], float(scale))
+        return torch.cat([eps, cond[:, C:]], dim=1)
+
+    return guided_model
+
+
+# ---- Gaussians ---------------------------------------------------------------------------------
+
+
+def normal_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N1 || N2) of each element, in nats."""
+    ratio = log_variance1 - log_variance2
+    return 0.5 * (ratio.expm1() - ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def decoder_log_likelihood(x0, mean, log_variance):
+    """log p(x0 | x_1) of each element, in nats: a Gaussian summed over the bin of each pixel value.
+
+    x0 in [-1, 1] on the grid of 256 values. Bins are 2/255 wide; those at ±1 are open to infinity.
+    """
+    inv_std = torch.exp(-0.5 * log_variance)
+    upper = torch.where(x0 > 0.999, 1e6, inv_std * (x0 - mean + 1 / 255))
+    lower = torch.where(x0 < -0.999, -1e6, inv_std * (x0 - mean - 1 / 255))
+    # log P(lower < z < upper), mirrored into the left tail, where log_ndtr keeps all its digits.
+    mirror = upper + lower > 0
+    upper, lower = torch.where(mirror, -lower, upper), torch.where(mirror, -upper, lower)
+    log_upper = torch.special.log_ndtr(upper)
+    log_ratio = (torch.special.log_ndtr(lower) - log_upper).clamp(max=-1e-12)
+    return log_upper + torch.log(-torch.expm1(log_ratio))
+
+
+def bits(nats):
+    """Nats of each element (N, ...) -> bits per dimension (N,)."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+# ---- Randomness --------------------------------------------------------------------------------
+
+# What a generator is for, and where its indices begin, so that those of one seed all differ: the
+# noise of training step i or of sampled image i, the masks of dropout, the order of an epoch.
+STREAMS = {"noise": 0, "dropout": 2**30, "order": 2**31}
+
+
+def generator(seed, index, device="cpu", stream="noise"):
+    """A torch.Generator for one use: it depends on the seed, the stream and the index alone."""
+    # The CPU's generator looks at the lower 32 bits alone.
+    number = (seed * 0x9E3779B1 + STREAMS[stream] + index) % 2**32
+    return torch.Generator(device).manual_seed(number)
+
+
+def randn(shape, generators):
+    """Normal noise (N, *shape), that of each image from its own generator, on their device."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])

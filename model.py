@@ -1,24 +1,38 @@
 """The network of Improved DDPM: a UNet from (x_t, t, y) to the noise in x_t and its variance.
 
-Layers have the order and shapes of openai/improved-diffusion's, whose published weights load here
-(see load_checkpoint). The network knows nothing of schedules or data.
+The file holds, in this order: the network; its checkpoints, ours and OpenAI's; and what the two
+scripts share, from the device they run on to the picture that they draw. The layers have the order
+and shapes of openai/improved-diffusion's, whose published weights load here (see load_checkpoint).
+The network knows nothing of schedules or data.
 """
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
 import math
 import os
+import sys
 import zipfile
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from sampler import gather
 
 
 @dataclasses.dataclass
 class UNetConfig:
-    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters)."""
+    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters).
+
+    Raises ValueError for a size that channel_mult cannot halve, or attention where there is none.
+    """
 
     image_size: int = 32  # pixels a side; halved between the entries of channel_mult
     in_channels: int = 3  # C
@@ -31,115 +45,26 @@ class UNetConfig:
     dropout: float = 0.3
     num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
-    norm_groups: int = 0  # at most; 0: 32, but none of fewer than 4 channels
+    norm_groups: int = 0  # the most groups that a norm has. 0: 32, but never so many that one has
+    # fewer than 4 channels, since groups of 1 channel would remove an image's mean colour
+    low_res: int | None = None  # an upsampler's: pixels a side of the small image it is given
+    class_names: tuple[str, ...] | None = None  # of class 0, 1, 2, …
+    label_dropout: float = 0.0  # share of the training images that were shown without their class
 
     def __post_init__(self):
         sizes = [self.image_size >> level for level in range(len(self.channel_mult) or 1)]
         if not self.channel_mult or self.image_size != sizes[-1] << len(sizes) - 1:
-            raise ValueError(f"image size {self.image_size} is not halved by {self.channel_mult}")
+            mult = ",".join(map(str, self.channel_mult))
+            size = f"--image-size {self.image_size}"
+            raise ValueError(f"{size} is not halved by the levels of --channel-mult {mult}")
         if unknown := set(self.attention_resolutions) - set(sizes):
-            raise ValueError(f"no attention at resolution {unknown.pop()}: there are {sizes}")
-
-
-class GroupNorm(nn.GroupNorm):
-    """Groups of one channel each would take an image's mean colour from it: 4 channels or more.
-
-    In float32 when the rest is in bfloat16: more exact, and on CPUs several times as fast.
-    """
-
-    def __init__(self, channels, groups):
-        if channels % 4:
-            raise ValueError(f"{channels} channels make no groups of 4 to norm")
-        most = groups or min(32, channels // 4)
-        super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels)
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
-def timestep_embedding(t, channels, max_period=10_000):
-    """Sinusoidal embedding: t (N,) float -> (N, channels), cosines first."""
-    half = (channels + 1) // 2
-    freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(max_period) / half))
-    angles = t[:, None].float() * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
-
-
-def dropout(x, p):
-    """F.dropout of (N, C, H, W); on CPUs from 16 random bits an element, at a fifth of the time."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    N, C, H, W = x.shape
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].view(N, H, W, C).permute(0, 3, 1, 2)
-    return x * (bits >= round(p * 2**16) - 2**15).to(x.dtype).mul_(1 / (1 - p))
-
-
-class ResBlock(nn.Module):
-    """(N, in_channels, H, W) and a time embedding (N, 4·channels) -> (N, out_channels, H, W)."""
-
-    def __init__(self, in_channels, out_channels, config):
-        super().__init__()
-        self.dropout, self.scale_shift_norm = config.dropout, config.scale_shift_norm
-        self.norm1 = GroupNorm(in_channels, config.norm_groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(4 * config.channels, (1 + self.scale_shift_norm) * out_channels)
-        self.norm2 = GroupNorm(out_channels, config.norm_groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        emb = self.emb(emb)[:, :, None, None]
-        if self.scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        else:
-            h = self.norm2(h + emb)
-        h = F.silu(h)
-        if self.training and self.dropout > 0:
-            h = dropout(h, self.dropout)
-        return self.conv2(h).add_(self.skip(x))
-
-
-class Attention(nn.Module):
-    """Self-attention of several heads over the H·W pixels of (N, C, H, W)."""
-
-    def __init__(self, channels, config):
-        super().__init__()
-        self.num_heads = config.num_heads
-        if channels % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads for {channels} channels")
-        self.norm = GroupNorm(channels, config.norm_groups)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        N, C, H, W = x.shape
-        # Each head's q, k and v lie side by side in the 3C channels, as in the published weights.
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # x is channels-last: nothing is moved
-        q, k, v = qkv.reshape(N, H * W, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # three times as fast there
-            few = zip((q * q.shape[-1] ** -0.5).split(16), k.transpose(2, 3).split(16), v.split(16))
-            h = torch.cat([torch.softmax(q @ k, dim=-1) @ v for q, k, v in few])
-        else:  # (N, heads, H·W, C / heads); softmax in float32 whatever the inputs
-            h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
-        return self.proj(h).add_(x)
-
-
-class Stage(nn.Sequential):
-    """Layers in a row; those that want the time embedding get it."""
-
-    def forward(self, h, emb):
-        for layer in self:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-        return h
+            raise ValueError(f"no --attention at resolution {unknown.pop()}: there are {sizes}")
+        if self.low_res and (self.image_size % self.low_res or self.low_res == self.image_size):
+            raise ValueError(f"--low-res {self.low_res} must divide --image-size {self.image_size}")
 
 
 class UNet(nn.Module):
-    """The UNet that `config` describes; random weights, every block's last layer zero."""
+    """The UNet that `config` describes; random weights, the last layer of every block zero."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,7 +80,8 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(c.channels, D), nn.SiLU(), nn.Linear(D, D))
         if c.num_classes is not None:
             self.label_emb = nn.Embedding(c.num_classes, D)
-        self.down = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, c.channels, 3, padding=1))])
+        in_channels = c.in_channels * (2 if c.low_res else 1)
+        self.down = nn.ModuleList([Stage(nn.Conv2d(in_channels, c.channels, 3, padding=1))])
         skips = [c.channels]  # channels of each output on the way down, to be joined on the way up
         for level, mult in enumerate(c.channel_mult):
             if level > 0:
@@ -174,24 +100,27 @@ class UNet(nn.Module):
             if level > 0:
                 conv = nn.Conv2d(ch, ch, 3, padding=1)
                 self.up[-1].append(nn.Sequential(nn.Upsample(scale_factor=2.0), conv))
-        last = nn.Conv2d(ch, c.out_channels, 3, padding=1)
+        last = zero(nn.Conv2d(ch, c.out_channels, 3, padding=1))
         self.out = nn.Sequential(GroupNorm(ch, c.norm_groups), nn.SiLU(), last)
-        for name, parameter in self.named_parameters():
-            if name.split(".")[-2] in ("conv2", "proj") or name.startswith("out.2"):
-                nn.init.zeros_(parameter)  # each block starts as the identity, the network as 0
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in
 
-    def forward(self, x, t, y=None):
-        """x (N, in_channels, S, S), t (N,) float, y (N,) int64 or None -> (N, out_channels, S, S).
+    def forward(self, x, t, y=None, low_res=None):
+        """Noise and variance (N, out_channels, S, S) of x (N, in_channels, S, S) at t (N,) float.
 
-        Raises ValueError if y is missing from a class-conditional network, or given to another.
+        y        (N,) int64, the class of each image, -1 for none; for a class-conditional network
+        low_res  (N, in_channels, s, s) in [-1, 1], the small images; for an upsampler
+        Raises ValueError if one is missing, or is given to a network that has no use for it.
         """
         if (y is None) != (self.config.num_classes is None):
             raise ValueError("y must be given if and only if the network has num_classes")
+        if (low_res is None) != (self.config.low_res is None):
+            raise ValueError("low_res must be given if and only if the network is an upsampler")
         emb = self.time_embed(timestep_embedding(t, self.config.channels))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + torch.where(y[:, None] >= 0, self.label_emb(y.clamp(min=0)), 0)
         emb = F.silu(emb)  # (N, 4·channels); every block would begin with it
+        if low_res is not None:
+            x = torch.cat([x, F.interpolate(low_res, x.shape[-2:], mode="bilinear")], dim=1)
         h, skips = x.contiguous(memory_format=torch.channels_last), []
         for stage in self.down:
             h = stage(h, emb)
@@ -202,9 +131,108 @@ class UNet(nn.Module):
         return self.out(h)
 
 
+class Stage(nn.Sequential):
+    """Layers in a row; those that want the time embedding get it."""
+
+    def forward(self, h, emb):
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+class ResBlock(nn.Module):
+    """(N, in_channels, H, W) and a time embedding (N, 4·channels) -> (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels, out_channels, config):
+        super().__init__()
+        self.scale_shift_norm = config.scale_shift_norm
+        self.norm1 = GroupNorm(in_channels, config.norm_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(4 * config.channels, (1 + self.scale_shift_norm) * out_channels)
+        self.norm2 = GroupNorm(out_channels, config.norm_groups)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        emb = self.emb(emb)[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return h.add_(self.skip(x))
+
+
+class Attention(nn.Module):
+    """Self-attention of several heads over the H·W pixels of (N, C, H, W)."""
+
+    def __init__(self, channels, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        if channels % self.num_heads:
+            raise ValueError(f"--num-heads {self.num_heads} do not divide {channels} channels")
+        self.norm = GroupNorm(channels, config.norm_groups)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        N, C, H, W = x.shape
+        # Each head's q, k and v lie side by side in the 3C channels, as in the published weights.
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # x is channels-last: nothing is moved
+        q, k, v = qkv.reshape(N, H * W, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
+        h = attend(q, k, v)  # each (N, heads, H·W, C / heads)
+        h = h.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
+        return self.proj(h).add_(x)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm with at most `groups` groups, or with our number of them for 0 (see UNetConfig).
+
+    In float32 when the rest is in 16 bits: more exact, and on CPUs several times as fast. Raises
+    ValueError if the channels make no groups of 4.
+    """
+
+    def __init__(self, channels, groups):
+        if channels % 4:
+            raise ValueError(f"--channels makes {channels} channels, which no groups of 4 can norm")
+        most = groups or min(32, channels // 4)
+        super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def timestep_embedding(t, channels, max_period=10_000):
+    """Sinusoidal embedding: t (N,) float -> (N, channels), cosines first."""
+    half = (channels + 1) // 2
+    freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(max_period) / half))
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
+
+
+def zero(layer):
+    """The layer with its parameters 0: a block starts as the identity, the network as 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def attend(q, k, v):
+    """Attention of (N, heads, L, d). On CPUs, bfloat16 is computed in parts of 16 images, which is
+    three times as fast as torch's kernel: 11 % of a training step, 13 % of a sampling step."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)  # softmax in float32 whatever the inputs
+    parts = zip((q * q.shape[-1] ** -0.5).split(16), k.transpose(2, 3).split(16), v.split(16))
+    return torch.cat([torch.softmax(q @ k, dim=-1) @ v for q, k, v in parts])
+
+
 # ---- Checkpoints -------------------------------------------------------------------------------
 
-FORMAT = 1  # of our files; one with a higher number was written by a newer version
+FORMAT = 1  # of our files; a higher number was written by a newer version
 
 # openai/improved-diffusion's names for our layers.
 OPENAI_NAMES = {
@@ -213,13 +241,255 @@ OPENAI_NAMES = {
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "skip", ".conv.": ".1.",
 }  # fmt: skip
 
-# What the tensors of its released files don't tell: schedule, T, time_scale, heads.
+# What the tensors of its released files do not say: schedule, T, time_scale, heads.
 OPENAI_FILES = {
     "cifar10_uncond": ("cosine", 4000, None, 4),
     "imagenet64_uncond": ("cosine", 4000, None, 4),
     "imagenet64_cond": ("cosine", 4000, 1.0, 4),
     "lsun_uncond": ("linear", 1000, 1.0, 1),
+    "upsample_cond": ("linear", 4000, 1.0, 4),
 }
+
+
+def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
+    """UNet with the EMA weights, in eval mode, and Diffusion's arguments, from a file alone.
+
+    The file is ours or one that openai/improved-diffusion released. Other plain state dicts of its
+    UNets need the arguments after path. For all files, the given schedule, T and time_scale replace
+    what the file says. Raises OSError, or ValueError if the file is damaged or foreign.
+    """
+    state = read_checkpoint(path)
+    try:
+        if "format" not in state:
+            known = [v for k, v in OPENAI_FILES.items() if os.path.basename(path).startswith(k)]
+            state = from_openai(state, *(known or [(schedule, T, time_scale, num_heads)])[0])
+        model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
+        model.load_state_dict(state["ema"])
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
+    given = dict(schedule=schedule, T=T, time_scale=time_scale)
+    process = process | {name: value for name, value in given.items() if value is not None}
+    if process["schedule"] is None or process["T"] is None:
+        raise ValueError(f"{path} does not say its process: give --schedule and --T")
+    return model.eval(), process
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint, or in that of a run's directory, once its checksums are verified.
+
+    Raises OSError, or ValueError if the file is damaged, foreign or newer than this code.
+    """
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        newer = state.get("format", FORMAT) != FORMAT
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
+    if newer:
+        raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
+    return state
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values."""
+    write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def from_openai(state, schedule, T, time_scale, num_heads):
+    """A checkpoint of ours from improved-diffusion's tensors, and from what they do not say."""
+    for theirs, ours in OPENAI_NAMES.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
+    state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
+    channels, in_channels = state["down.0.0.weight"].shape[:2]
+    # A convolution alone stands before the blocks of each resolution: here the blocks' first.
+    first = [i + 1 for i in range(len(state)) if f"down.{i}.0.weight" in state]
+    mult = tuple(len(state[f"down.{i}.0.conv1.weight"]) // channels for i in first)
+    size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
+    attention = [size >> k for k, i in enumerate(first) if f"down.{i}.1.qkv.weight" in state]
+    unet = dict(
+        image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
+        channel_mult=mult, num_res_blocks=first[1] - 2, dropout=0.0, num_heads=num_heads,
+        attention_resolutions=tuple(attention), norm_groups=32,
+        num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
+        scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
+        low_res=size // 4 if in_channels == 6 else None,
+    )  # fmt: skip
+    variance = "learned" if unet["out_channels"] == 6 else "large"
+    process = dict(schedule=schedule, T=T, variance=variance, time_scale=time_scale)
+    return dict(unet=unet, ema=state, diffusion=process)
+
+
+# ---- What the two scripts share: ranks, devices, messages, flags, files, pictures ---------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TTY = sys.stderr is not None and sys.stderr.isatty()
+
+
+class UsageError(ValueError):
+    """A flag is wrong, or contradicts another."""
+
+
+def run_script(main):
+    """Run main() as a command: an error is one line on stderr, its status 2 for a wrong flag."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # no result is lost to an ASCII terminal
+    try:
+        main()
+    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        # What is wrong with the command is wrong on all ranks: one speaks. Later, each may.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            where = f"rank {RANK}: " if RANK > 0 else ""
+            message = f"{os.path.basename(sys.argv[0])}: error: {where}{reason}"
+            tqdm.write(message, file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(message):
+    """Print a line to the user, from one rank."""
+    if RANK == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def report(line):
+    """Print a result to stdout, from one rank."""
+    if RANK == 0 and sys.stdout is not None:
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it
+            print(line, flush=True)
+
+
+def flag(name):
+    """How a value is spelt on the command line."""
+    return "--" + name.removesuffix("_resolutions").replace("_", "-")
+
+
+def within(low, high, kind=int):
+    """A type for argparse: a number between these limits."""
+
+    def number(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
+        return value
+
+    number.metavar = "N" if kind is int else "X"
+    return number
+
+
+def make_parser(usage, flags, shown):
+    """An argparse parser for a table {title: [(name, default, kind, meaning), …]}.
+
+    A kind is a type, a tuple of choices, bool, or the placeholder of a text. The parser sets only
+    what was typed; --help shows the values of `shown` as the defaults.
+    """
+    parser = argparse.ArgumentParser(
+        usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 100),
+    )  # fmt: skip
+
+    def fail(message):
+        raise UsageError(message)
+
+    parser.error = fail
+    for title, rows in flags.items():
+        group = parser.add_argument_group(title)
+        for name, _, kind, meaning in rows:
+            value = shown[name]
+            if isinstance(value, tuple):
+                value = ",".join(map(str, value)) or "none"
+            meaning += "" if value is None or kind is bool else f" (default: {value})"
+            if kind is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+                meaning += " (default)" if value else ""
+            elif isinstance(kind, tuple):
+                how = dict(choices=kind, type=type(kind[0]))
+            elif isinstance(kind, str):
+                how = dict(metavar=kind)
+            else:
+                how = dict(type=kind, metavar=kind.metavar)
+            group.add_argument(flag(name), dest=name, help=meaning.replace("%", "%%"), **how)
+    parser.add_argument("-h", "--help", action="store_true", help="print this")
+    return parser
+
+
+def pick_device(name):
+    """The torch.device for auto, cpu, cuda or mps; "auto" is the best. Raises ValueError.
+
+    Under torchrun, each rank of a machine has a GPU of its own.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    name = next(n for n in found if found[n]) if name == "auto" else name
+    if not found[name]:
+        raise UsageError(f"--device {name}: there is none here")
+    if name == "cpu":
+        keep_freed_memory()
+    if name != "cuda":
+        return torch.device(name)
+    if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise UsageError("more ranks than GPUs: give torchrun a smaller --nproc-per-node")
+    torch.backends.cudnn.benchmark = True
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of matrix products for auto, fp32, bf16 or fp16.
+
+    "auto" is bfloat16 where the device computes with it natively, else float16 on GPUs, else
+    float32. Not on MPS, where neither has been tried.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    if dtype is None:
+        dtype = torch.float32
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if native else torch.float16
+        elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch > 2.6
+            known = torch.cpu.get_capabilities()
+            if known.get("avx512_bf16") or known.get("amx_bf16"):
+                dtype = torch.bfloat16
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # TF32 has but 10 bits
+    return dtype
+
+
+def join_ranks(device, timeout=timedelta(hours=12)):
+    """Join the ranks of torchrun. One may draw a grid or decode images alone: the others wait."""
+    if WORLD > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+
+
+@contextlib.contextmanager
+def one_rank_first():
+    """A context that the first rank of each machine goes through before the others do."""
+    others = os.environ.get("LOCAL_RANK", "0") != "0"
+    if others:
+        gather(torch.zeros(1))
+    yield
+    if not others:
+        gather(torch.zeros(1))
+
+
+def autocast(device, dtype):
+    """A context in which the network computes matrix products in dtype."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def keep_freed_memory():
+    """Have glibc, where there is one, keep the memory of one step for the next: 6 % of a step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        malloc_option = ctypes.CDLL(None).mallopt
+        malloc_option(-3, 2**25)  # M_MMAP_THRESHOLD
+        malloc_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def write(path, save):
@@ -238,98 +508,14 @@ def write(path, save):
             os.remove(f"{path}.tmp")
 
 
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values."""
-    write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+def to_pixels(x):
+    """(N, C, H, W) in [-1, 1] -> uint8 of the same shape, on the CPU."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
-def read_checkpoint(path):
-    """The dict in a checkpoint or in a run's, its checksums verified. ValueError, or OSError."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        newer = state.get("format", FORMAT) != FORMAT
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
-    if newer:
-        raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
-    return state
-
-
-def from_openai(state, schedule, T, time_scale, num_heads):
-    """improved-diffusion's tensors, and what they don't tell, as a checkpoint of ours."""
-    for theirs, ours in OPENAI_NAMES.items():
-        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-    # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
-    state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
-    channels = len(state["down.0.0.weight"])
-    # A convolution alone stands before the blocks of each resolution: here the blocks' first.
-    first = [i + 1 for i in range(len(state)) if f"down.{i}.0.weight" in state]
-    mult = tuple(len(state[f"down.{i}.0.conv1.weight"]) // channels for i in first)
-    size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
-    attention = [size >> k for k, i in enumerate(first) if f"down.{i}.1.qkv.weight" in state]
-    unet = dict(
-        image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
-        channel_mult=mult, num_res_blocks=first[1] - 2, dropout=0.0, num_heads=num_heads,
-        attention_resolutions=tuple(attention), norm_groups=32,
-        num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
-        scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
-    )  # fmt: skip
-    variance = "learned" if unet["out_channels"] == 6 else "large"
-    process = dict(schedule=schedule, T=T, variance=variance, time_scale=time_scale)
-    return dict(unet=unet, ema=state, diffusion=process)
-
-
-def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
-    """UNet with the EMA weights, in eval mode, and Diffusion's arguments, from a file alone.
-
-    The file is ours or one that openai/improved-diffusion released; other plain state dicts of its
-    UNet need the arguments after path, those of the process else go before what a file says.
-    Raises OSError, or ValueError if it is damaged or foreign.
-    """
-    state = read_checkpoint(path)
-    try:
-        if "format" not in state:
-            told = [v for k, v in OPENAI_FILES.items() if os.path.basename(path).startswith(k)]
-            state = from_openai(state, *(told or [(schedule, T, time_scale, num_heads)])[0])
-        model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
-        model.load_state_dict(state["ema"])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
-    given = dict(schedule=schedule, T=T, time_scale=time_scale)
-    process = process | {name: value for name, value in given.items() if value is not None}
-    if process["schedule"] is None or process["T"] is None:
-        raise ValueError(f"{path} does not say its process: give --schedule and --T")
-    return model.eval(), process
-
-
-# ---- Devices -----------------------------------------------------------------------------------
-
-
-def pick_device(name, dtype):
-    """Device and autocast for auto|cpu|cuda|mps and auto|fp32|bf16. Raises ValueError.
-
-    "auto" is the best device, under torchrun this process's own, and bf16 where it is native.
-    """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    name = next(n for n in found if found[n]) if name == "auto" else name
-    if not found[name]:
-        raise ValueError(f"--device {name}: there is none here")
-    device, native = torch.device(name), False
-    if name == "cuda":
-        if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise ValueError("more processes than GPUs: take a smaller --nproc-per-node")
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif name == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is glibc:
-            malloc = ctypes.CDLL(None).mallopt  # keep the memory of one step for the next
-            malloc(-3, 2**25), malloc(-1, 2**31 - 1)  # M_MMAP_ and M_TRIM_THRESHOLD
-    bf16 = dtype == "bf16" or (dtype == "auto" and native)
-    torch.backends.cudnn.allow_tf32 = bf16  # else its "float32" has the 10 bits of TF32
-    return device, torch.autocast(name, torch.bfloat16, enabled=bf16)
+def draw_grid(pixels, columns=None):
+    """uint8 (N, C, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen."""
+    zoom = max(1, 64 // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    columns = columns or math.ceil(len(pixels) ** 0.5)
+    return to_pil_image(make_grid(pixels, nrow=columns, padding=max(2, zoom)))

@@ -4,322 +4,374 @@
     torchrun train.py --data cifar10                     the paper's CIFAR-10 run on one GPU
     torchrun --nproc-per-node 8 train.py --data cifar10  the same run on eight
     python train.py --data DIR --image-size 64           your own folder of images
+    python train.py --data DIR --low-res 16              an upsampler from 16 pixels a side
     python train.py --eval-only --data DIR --ckpt FILE   bits/dim of a checkpoint on other images
 
-The same command again goes on from the last checkpoint, on any number of processes.
+The same command again resumes the run from its last checkpoint, on any number of ranks.
 """
 
-import argparse
 import contextlib
 import copy
-import fcntl
 import hashlib
-import math
 import os
+import re
+import shutil
 import signal
+import stat
 import sys
+import tempfile
 import time
-from functools import lru_cache
+from argparse import ArgumentTypeError, Namespace
+from collections import Counter
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # for log_ndtr
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for resuming to the bit
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, not of these imports either
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffusion import SCHEDULES, Diffusion, generator, randn
+from diffusion import FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, randn
 from model import (
-    UNet, UNetConfig, load_checkpoint, pick_device, read_checkpoint, save_checkpoint, write,
+    RANK, TTY, WORLD, UNet, UNetConfig, UsageError, autocast, draw_grid, flag, join_ranks,
+    load_checkpoint, make_parser, one_rank_first, pick_device, pick_dtype, read_checkpoint, report,
+    run_script, save_checkpoint, say, to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TTY = sys.stderr.isatty()
-Image.MAX_IMAGE_PIXELS = None  # large photographs are no attack here
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 
-def say(message):
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)
+# ---- The flags ---------------------------------------------------------------------------------
 
-
-def fail(message, status=1):
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # what is wrong may be wrong on one node alone
-        tqdm.write(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-# ---- The command line --------------------------------------------------------------------------
-
-# The flags' own defaults are the paper's CIFAR-10 run. What other data change:
-DIGITS = dict(
-    image_size=16, class_cond=True, flip=False, T=1000, channels=32, channel_mult=(1, 2, 2),
-    num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200, batch=64, lr=1e-3,
-    warmup=100, ema=0.995, log_every=40, sample_every=400, save_every=200,
-)  # fmt: skip
-FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
-MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
-NETWORK = "image_size channels channel_mult num_res_blocks attention_resolutions num_heads".split()
-PROCESS = "schedule T variance time_scale".split()
-# What may differ when a run goes on: where, how long and how fast it computes, not what.
-FREE = "steps accum device dtype compile log_every sample_every save_every out init".split()
-FREE += "eval_images eval_steps eval_calls".split()
-
-
-def within(low, high, kind=int):
-    """A type for argparse: a number between these limits."""
-
-    def number(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
-        return value
-
-    return number
-
-
-whole, fraction = within(1, 10**9), within(0, 1, float)
-natural, width = within(0, 10**9), within(1, 4096)
+whole, share = within(1, 10**9), within(0, 1, float)
 
 
 def wholes(text):
-    return tuple(whole(part) for part in text.split(",") if part != "none")
+    if text == "none":
+        return ()
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
+        raise ArgumentTypeError(f"must be whole numbers like 1,2,2 or none, not {text}")
+    return tuple(map(int, text.split(",")))
 
 
-def configure(argv):
-    """-> the configuration (a Namespace), and what to start from: a checkpoint's dict or {}."""
-    flags = argparse.ArgumentParser(
-        usage="[torchrun] train.py [--data digits|cifar10|DIR] [flags]", add_help=False,
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 26, 100),
-    )  # fmt: skip
-    flags.error = lambda message: fail(message, 2)
-    switch = argparse.BooleanOptionalAction
-    add = flags.add_argument_group("data").add_argument
-    add("--data", default="digits", metavar="WHAT", help="digits, cifar10 or a folder of images")
-    add("--image-size", type=within(8, 4096), default=32, metavar="N", help="pixels a side")
-    add("--class-cond", action=switch, default=False, help="classes: a folder's subfolders")
-    add("--flip", action=switch, default=True, help="mirror images at random")
-    add = flags.add_argument_group("process").add_argument
-    add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="loss")
-    add("--schedule", choices=list(SCHEDULES), default="cosine", help="of the noise")
-    add("--T", type=within(2, 10**5), default=4000, metavar="N", help="timesteps")
-    add("--variance", choices=["learned", "small", "large"], default="learned", help="of p")
-    add("--t-sampler", choices=list(T_SAMPLERS), default="uniform", help="which t to train on")
-    add = flags.add_argument_group("network").add_argument
-    add("--channels", type=width, default=128, metavar="N", help="width at the full resolution")
-    add("--channel-mult", type=wholes, default=(1, 2, 2, 2), metavar="N,N", help="× --channels")
-    add("--num-res-blocks", type=whole, default=3, metavar="N", help="blocks at each resolution")
-    add("--attention", type=wholes, dest="attention_resolutions", default=(16, 8), metavar="N,N",
-        help="resolutions with attention, or none")  # fmt: skip
-    add("--num-heads", type=whole, default=4, metavar="N", help="heads of attention")
-    add("--dropout", type=within(0, 0.99, float), default=0.3, metavar="P", help="probability")
-    add = flags.add_argument_group("training").add_argument
-    add("--out", metavar="DIR", help="run directory (runs/ and the name of the data)")
-    add("--steps", type=whole, default=500_000, metavar="N", help="updates in all")
-    add("--batch", type=whole, default=128, metavar="N", help="images an update, of all processes")
-    add("--accum", type=whole, default=1, metavar="N", help="parts a process computes its share in")
-    add("--lr", type=fraction, default=1e-4, metavar="X", help="AdamW's learning rate")
-    add("--warmup", type=natural, default=0, metavar="N", help="updates until it's reached")
-    add("--ema", type=fraction, default=0.9999, metavar="X", help="decay of the averaged weights")
-    add("--grad-clip", type=within(0, 1e9, float), default=0.0, metavar="X", help="0: none")
-    add("--seed", type=within(0, 2**32 - 1), default=0, metavar="N", help="of all randomness")
-    add("--init", metavar="FILE", help="checkpoint whose weights to start from")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    add("--compile", action=switch, default=False, help="torch.compile the network")
-    add("--log-every", type=whole, default=100, metavar="N", help="updates a row of log.csv")
-    add("--sample-every", type=whole, default=10_000, metavar="N", help="updates a grid of samples")
-    add("--save-every", type=whole, default=1_000, metavar="N", help="updates a checkpoint")
-    add = flags.add_argument_group("bits per dimension").add_argument
-    add("--eval-only", action="store_true", help="measure --ckpt on images of --data")
-    add("--ckpt", metavar="FILE", help="what to measure (ckpt.pt in --out)")
-    add("--eval-images", type=within(2, 10**9), default=10_000, metavar="N", help="at most")
-    add("--eval-steps", type=whole, metavar="N", help="steps of the process to measure (T)")
-    add("--eval-calls", type=within(5, 10**6), default=10, metavar="N", help="an image; T: all")
-    add("-h", "--help", action="store_true", default=argparse.SUPPRESS,
-        help="print this, for the --data given")  # fmt: skip
+wholes.metavar = "N,N"
 
-    unset = argparse.Namespace(**dict.fromkeys(vars(flags.parse_args([]))))
-    given = {k: v for k, v in vars(flags.parse_args(argv, unset)).items() if v is not None}
-    data = given.get("data", "digits")
-    if data == "digits":
-        flags.set_defaults(**DIGITS)
-    elif data not in ("cifar10", ""):
-        given["data"] = data = os.path.join(os.path.normpath(data), "")  # cifar10/ is a folder
-        mult = MULTS.get(given.get("image_size"), (1, 2, 3, 4))
-        flags.set_defaults(**FOLDER, channel_mult=mult)
-    if "help" in given:
-        flags.print_help()
-        raise SystemExit
-    if "" in given.values():
-        fail("--data, --out, --init and --ckpt must not be empty", 2)
-    out = given.setdefault("out", os.path.join("runs", os.path.basename(os.path.abspath(data))))
-    path, config = os.path.join(out, "ckpt.pt"), vars(flags.parse_args([]))
-    config["time_scale"] = None  # 1000/T, or that of --init
-    state, fixed = {}, ()
-    if "eval_only" in given:
-        config |= dict(ckpt=path, **dict.fromkeys(PROCESS))  # the process is the checkpoint's
-    elif "ckpt" in given:
-        fail("--ckpt is for --eval-only: training goes on in --out, or starts from --init", 2)
-    elif os.path.exists(path):
-        state = read_checkpoint(path)
-        if not isinstance(state.get("config"), dict):
-            fail(f"{path} holds weights, but no run to go on with: take another --out")
-        config |= state["config"]
-        fixed, whose = config.keys() - FREE, f"the run in {out}"
-    elif "init" in given:
-        known = (given.get("schedule"), given.get("T"), None, given.get("num_heads", 4))
-        model, process = load_checkpoint(given["init"], *known)
-        config |= process | {name: getattr(model.config, name) for name in NETWORK}
-        fixed, whose, weights = NETWORK, "the network of --init", model.state_dict()
-        state = dict(unet=vars(model.config), model=weights, ema=weights)
-    for name in given.keys() & fixed:
-        if given[name] != config[name]:
-            flag = name.removesuffix("_resolutions").replace("_", "-")
-            fail(f"--{flag} {given[name]}: {whose} has {config[name]};"
-                 " leave it out, or take another --out", 2)  # fmt: skip
-    return argparse.Namespace(**config | given), state
+# Name, the paper's value on CIFAR-10, kind, and meaning. A kind is a type, the choices, bool, or
+# the placeholder of a text.
+FLAGS = {
+    "data": [
+        ("image_size", 32, within(8, 4096), "pixels a side"),
+        ("class_cond", False, bool, "learn the classes, a folder's subfolders"),
+        ("label_dropout", 0.0, share, "share of images shown without class, for guidance"),
+        ("flip", True, bool, "mirror images at random"),
+        ("low_res", None, within(1, 2048), "upsample images of N pixels a side"),
+    ],
+    "process": [
+        ("objective", "hybrid", ("simple", "hybrid", "vlb"), "loss"),
+        ("schedule", "cosine", tuple(SCHEDULES), "of the noise"),
+        ("T", 4000, within(2, 10**5), "timesteps"),
+        ("variance", "learned", ("learned", "small", "large"), "of p"),
+        ("t_sampler", "uniform", tuple(T_SAMPLERS), "which t to train on"),
+    ],
+    "network": [
+        ("channels", 128, within(1, 4096), "width at the full resolution"),
+        ("channel_mult", (1, 2, 2, 2), wholes, "width of each resolution, in --channels"),
+        ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
+        ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none"),
+        ("num_heads", 4, within(1, 4096), "heads of attention"),
+        ("dropout", 0.3, within(0, 0.99, float), "probability"),
+    ],
+    "training": [
+        ("batch", 128, whole, "images in an update, of all ranks together"),
+        ("lr", 1e-4, share, "AdamW's learning rate"),
+        ("warmup", 0, within(0, 10**9), "updates until the learning rate is reached"),
+        ("ema", 0.9999, share, "decay of the averaged weights"),
+        ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0: any"),
+        ("seed", 0, within(0, 2**32 - 1), "of all randomness"),
+    ],
+    "the run (what may change when it is resumed)": [
+        ("data", "digits", "WHAT", "digits, cifar10, a folder of images or a file X.npz"),
+        ("out", None, "DIR", "the run's directory; runs/ and the name of the data if not given"),
+        ("steps", 500_000, whole, "updates in all"),
+        ("accum", 1, whole, "parts in which a rank computes its share of the batch"),
+        ("init", None, "FILE", "checkpoint whose weights to start from"),
+        ("device", "auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
+        ("dtype", "auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products"),
+        ("compile", False, bool, "compile the network with torch.compile"),
+        ("log_every", 100, whole, "updates between rows of log.csv"),
+        ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0: none"),
+        ("save_every", 1_000, whole, "updates between checkpoints"),
+    ],
+    "bits per dimension": [
+        ("eval_only", False, bool, "measure --ckpt on images of --data"),
+        ("ckpt", None, "FILE", "what to measure; the one in --out if not given"),
+        ("eval_images", 10_000, whole, "at most"),
+        ("eval_steps", None, whole, "steps of the process to measure; all if not given"),
+        ("eval_calls", 10, within(5, 10**6), "calls for an image; T or more: every term"),
+        ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 even, 3 closer near t = 0"),
+    ],
+}  # fmt: skip
+PAPER = {name: value for rows in FLAGS.values() for name, value, *_ in rows}
+NETWORK, RUN, MEASURE = ({n for n, *_ in list(FLAGS.values())[k]} for k in (2, -2, -1))
+SHAPE = NETWORK - {"dropout"} | {"image_size", "low_res", "class_cond"}  # fixed by the weights
+PROCESS = ("schedule", "T", "variance", "time_scale")
+
+# What other data change. A folder has the shape of the paper's ImageNet-64 network.
+DIGITS = dict(
+    image_size=16, class_cond=True, label_dropout=0.1, flip=False, T=1000, channels=32,
+    channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200,
+    batch=64, lr=1e-3, warmup=100, ema=0.995, log_every=40, sample_every=400, save_every=200,
+)  # fmt: skip
+FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
+OLDER = dict(label_dropout=0.0, low_res=None)  # what runs did before these flags
+MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
 
-# ---- Data: uint8 images (N, 3, S, S), labels (N,) ----------------------------------------------
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# ---- Training ----------------------------------------------------------------------------------
 
 
-def draw_digits(n, size, seed):
-    """n pictures of a digit: any height, place, and two colours that differ in brightness."""
-    rng = np.random.default_rng(seed)
-    fonts = [ImageFont.load_default(size=height * 1.4) for height in range(size // 2, size - 2)]
-    images, labels = np.empty((n, size, size, 3), np.uint8), rng.integers(10, size=n)
-    for i, digit in enumerate(labels.astype(str)):
-        paper = ink = rng.integers(256, size=3)
-        while abs((paper - ink) @ [0.299, 0.587, 0.114]) < 80:
-            ink = rng.integers(256, size=3)
-        image = Image.new("RGB", (size, size), tuple(paper.tolist()))
-        font = fonts[rng.integers(len(fonts))]
-        left, top, right, bottom = font.getbbox(digit)
-        x, y = rng.integers((0, 0), (size + 1 - right + left, size + 1 - bottom + top))
-        ImageDraw.Draw(image).text((x - left, y - top), digit, tuple(ink.tolist()), font)
-        images[i] = image
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
+def train(config, state, device, dtype):
+    """Train until config.steps updates are made.
 
-
-def read_image(path, size):
-    """The centre square of an image file as uint8 (3, size, size), or None if it is broken."""
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F":  # of no known range
-                return None
-            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)
-    except Exception:  # Pillow has one for every way in which a file can be broken
-        return None
-
-
-def locked(path, flags=0):
-    """Open a file that one process of this machine may hold at a time; the others wait."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = open(path, "w")
-    fcntl.flock(file, fcntl.LOCK_EX | flags)
-    return file
-
-
-def load_folder(root, size):
-    """All images below root -> memory-mapped (N, 3, size, size), and their paths.
-
-    The first process decodes them into data/cache, anew if a file was added, removed or changed.
+    state  the checkpoint of the run to resume, the weights to start from, or nothing: {}
     """
-    here = os.path.join(os.path.realpath(root), "")
-    links = [entry.path for entry in os.scandir(root) if entry.is_symlink()]
-    loops = [link for link in links if here.startswith(os.path.join(os.path.realpath(link), ""))]
-    tops = [root, *(link for link in links if link not in loops)]
-    files = [os.path.join(folder, f) for top in tops for folder, _, fs in os.walk(top) for f in fs]
-    paths = sorted(os.path.relpath(f, root) for f in files if f.lower().endswith(SUFFIXES))
-    stats = [os.lstat(os.path.join(root, path)) for path in paths]
-    listing = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
-    key = hashlib.sha256(repr((listing, size)).encode()).hexdigest()[:12]
-    cache = f"data/cache/{os.path.basename(os.path.abspath(root))}-{size}-{key}"
-    with locked(cache + ".lock"):
-        if not os.path.exists(cache):
-            os.makedirs(cache + ".tmp", exist_ok=True)
-            good = []
-            with open(f"{cache}.tmp/images.u8", "wb") as file, ThreadPool() as pool:
-                decode = pool.imap(lambda path: read_image(os.path.join(root, path), size), paths)
-                bar = tqdm(decode, f"reading {root}", len(paths), unit=" images", disable=not TTY)
-                for path, image in zip(paths, bar):
-                    if image is not None:
-                        file.write(image.tobytes())
-                        good.append(path)
-            if broken := sorted(set(paths) - set(good)):
-                some = ", ".join(broken[:5]) + ", …" * (len(broken) > 5)
-                message = f"left out {len(broken)} of {len(paths)} images, which are broken: {some}"
-                tqdm.write(message, file=sys.stderr)  # one process decodes, whichever comes first
-            np.save(f"{cache}.tmp/paths.npy", good)
-            os.rename(cache + ".tmp", cache)
-    paths = np.load(f"{cache}/paths.npy").tolist()
-    if not paths:
-        raise ValueError(f"--data {root}: no readable image there ({' '.join(SUFFIXES)})")
-    return np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(paths), 3, size, size)), paths
+    # The data and the network. A wrong shape is refused before any data are read.
+    shape = {name: getattr(config, name) for name in SHAPE - {"class_cond"}}
+    shape["out_channels"] = 6 if config.variance == "learned" else 3
+    network = UNetConfig(**shape | state.get("unet", {}) | {"dropout": config.dropout})
+    with torch.device("meta"):
+        UNet(network)
+    images, labels, names = load_data(config, network if "unet" in state else None)
+    network.num_classes, network.class_names = names and len(names), names
+    network.label_dropout = config.label_dropout
+    torch.manual_seed(config.seed)
+    model = UNet(network).to(device)
+
+    # The process, and what trains the network. All that has a state goes into the checkpoint.
+    process = {name: getattr(config, name) for name in PROCESS}
+    diffusion = Diffusion(**process).to(device)
+    t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    params, averages = list(model.parameters()), list(average.parameters())
+    optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
+    fp16 = dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
+    start, log = state.get("step", 0), Log(config, state, device)
+    stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler, row=log)
+    stateful |= {"scaler": scaler} if fp16 else {}
+    for name in stateful.keys() & state.keys():
+        stateful[name].load_state_dict(state.pop(name))
+    about = dict(config=vars(config), unet=vars(network), diffusion=process)
+    net = torch.compile(model) if config.compile else model
+    if WORLD > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    ckpt, stop = os.path.join(config.out, "ckpt.pt"), catch_signals()
+
+    for step in range(start, config.steps):
+        # Learning rate and batch. All that is random follows from the seed and the step.
+        lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+        optimizer.param_groups[0]["lr"] = lr
+        x0, y, t, weights, noise = load_batch(config, images, labels, t_sampler, step, device)
+        seed_dropout(config.seed, step)
+
+        # Gradients, one part of the batch after the other.
+        losses = []
+        for part in split(len(x0), config.accum):
+            y_part = None if y is None else y[part]
+            with last_part_syncs(net, part.stop == len(x0)):
+                with autocast(device, dtype):
+                    net_part = give_low_res(net, x0[part], config.low_res)
+                    loss, vlb = diffusion.losses(
+                        net_part, x0[part], t[part], y_part, noise[part], config.objective
+                    )
+                # The mean over the whole batch, once DDP has divided by the number of ranks.
+                scaler.scale(weights[part] @ loss * (WORLD / config.batch)).backward()
+            losses.append(torch.stack([loss.detach(), vlb]))
+        losses = torch.cat(losses, dim=1)
+
+        # The weights, their average, and which t to draw next. The average's decay rises with the
+        # step, which keeps the initial weights out of the average of a short run.
+        norm = update_weights(params, optimizer, scaler, config.grad_clip, fp16)
+        get_ema_multi_avg_fn(min(config.ema, (1 + step) / (10 + step)))(averages, params, None)
+        t_sampler.update(t, losses[0])
+        log.add(losses @ weights * (WORLD / config.batch), norm)
+
+        # Now and then: a row of the log, a checkpoint, a grid of samples.
+        done = step + 1
+        last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
+        if last or done % config.log_every == 0:
+            log.write_row(done, lr, diffusion.prior(x0).mean())
+        if RANK == 0 and (last or stopping or done % config.save_every == 0):
+            parts = {name: part.state_dict() for name, part in stateful.items()}
+            save_checkpoint(ckpt, about | parts | dict(step=done, seconds=log.seconds()))
+        draws = config.sample_every and (last or done % config.sample_every == 0)
+        if RANK == 0 and draws and not stopping:
+            part = -(-len(x0) // config.accum)
+            draw_samples(config, done, average, images, labels, device, dtype, part)
+        if stopping:
+            raise SystemExit(128 + stopping)
+    report(ckpt)
 
 
-def load_data(config, held_out=False):
-    """-> images (N, 3, S, S) uint8, labels (N,) int64 or None, number of classes or None."""
-    classes = 10
-    if config.data == "digits":
-        images, labels = draw_digits(20_000, config.image_size, config.seed + 2**32 * held_out)
-    elif config.data == "cifar10":
-        if config.image_size != 32:
-            raise ValueError(f"--data cifar10 has images of 32 pixels, not {config.image_size}")
-        try:
-            with locked("data/cifar10.lock"), contextlib.redirect_stdout(sys.stderr):
-                data = CIFAR10("data", train=not held_out, download=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot download CIFAR-10 ({error}); put cifar-10-python.tar.gz into data/")
-        images, labels = data.data.transpose(0, 3, 1, 2), np.array(data.targets)
-    elif os.path.isdir(config.data):
-        images, paths = load_folder(config.data, config.image_size)
-        names, labels = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
-        classes = len(names)
-        if config.class_cond and (loose := [f for f in names if f.lower().endswith(SUFFIXES)]):
-            raise ValueError(f"{loose[0]} in {config.data} is in no subfolder and so has no class")
-    else:
-        fail(f"--data {config.data}: neither digits, nor cifar10, nor a folder", 2)
-    return images, *((labels, classes) if config.class_cond else (None, None))
+# ---- What the loop calls -----------------------------------------------------------------------
 
 
-@lru_cache(2)
-def epoch_order(seed, epoch, n):
-    return torch.randperm(n, generator=generator(seed, 2**31 + epoch)).numpy()
+def split(n, parts):
+    """n things in parts -> slices, whose lengths differ by one at most."""
+    return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
 
 
-def to_device(images, labels, rows, device):
-    """The images of some rows, as float32 in [-1, 1], and their labels or None."""
-    x0 = torch.from_numpy(np.asarray(images[rows]))
-    if device.type == "cuda":  # from pinned memory, the host need not wait for the device
-        x0 = x0.pin_memory()
-    x0 = x0.to(device, non_blocking=True).float() / 127.5 - 1
-    return x0, None if labels is None else torch.from_numpy(labels[rows]).to(device)
+def seed_dropout(seed, step):
+    """Seed torch's global generator, from which dropout alone draws: each rank on its own."""
+    torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
+
+
+def last_part_syncs(net, last):
+    """A context in which DDP exchanges gradients only with the last part of the batch."""
+    return contextlib.nullcontext() if last or WORLD == 1 else net.no_sync()
+
+
+def give_low_res(net, x0, size):
+    """The network; if it is an upsampler, with the small images, x0 averaged down to size."""
+    return partial(net, low_res=F.interpolate(x0, size, mode="area")) if size else net
+
+
+def update_weights(params, optimizer, scaler, grad_clip, fp16):
+    """One step of AdamW -> the norm of the gradient. If that is not finite, no step is taken.
+
+    The fused optimizer decides so on the device: the host need not wait for it.
+    """
+    scaler.unscale_(optimizer)
+    norm = clip_grad_norm_(params, grad_clip or 1e30)
+    scaler.step(optimizer)
+    scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
+    optimizer.zero_grad()
+    return norm
+
+
+class Log:
+    """The rows of log.csv: means over the updates since the last row.
+
+    The sums stay on the device, so that the host waits for it only once a row.
+    """
+
+    COLUMNS = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n"
+
+    def __init__(self, config, state, device):
+        self.path, start = os.path.join(config.out, "log.csv"), state.get("step", 0)
+        self.begin, self.batch = time.monotonic() - state.get("seconds", 0), config.batch
+        # Loss, bits/dim, norm, updates, skipped updates; and how many of those in a row.
+        self.sums, self.in_a_row = torch.zeros(5, device=device), torch.zeros(1, device=device)
+        if RANK == 0:
+            write(self.path, lambda file: file.write(self.rows_until(start).encode()))
+        self.bar = tqdm(total=config.steps, initial=start, unit=" updates", disable=not TTY or RANK)
+
+    def rows_until(self, step):
+        """What the log held when the run was saved: a killed run may have written more since."""
+        rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
+        whole_rows = [row for row in rows if row.count(",") == 6 and row.endswith("\n")]
+        return "".join([self.COLUMNS, *(r for r in whole_rows if int(r.split(",")[0]) <= step)])
+
+    def state_dict(self):
+        return {"sums": self.sums, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state):
+        self.sums.copy_(state["sums"])
+        self.in_a_row.copy_(state["in_a_row"])
+
+    def add(self, means, norm):
+        """Book an update: its mean loss and bits/dim (2,), and the norm of its gradient."""
+        taken = norm.isfinite().float()
+        values = torch.stack([*means, norm]).where(taken > 0, 0).nan_to_num(0, 0, 0)
+        self.sums += torch.cat([values, torch.stack([taken, 1 - taken])])
+        self.in_a_row = (self.in_a_row + 1) * (1 - taken)
+        self.bar.update()
+
+    def write_row(self, step, lr, prior):
+        """Write the means until this step and begin anew. ValueError if no update is taken."""
+        *sums, taken, skipped = gather(self.sums[None]).mean(0).tolist()
+        loss, bits, norm = (value / max(taken, 1) for value in sums)
+        bits += prior.item()
+        self.sums.zero_()
+        if RANK == 0:
+            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f}"
+            with open(self.path, "a") as file:
+                file.write(f"{row},{self.seconds():.1f}\n")
+        say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {self.seconds():.0f} s")
+        if self.in_a_row >= 100:
+            raise ValueError(f"no finite gradient in the 100 updates until {step}: lower --lr")
+
+    def seconds(self):
+        return time.monotonic() - self.begin
+
+
+def catch_signals():
+    """-> a tensor that becomes the number of the signal to stop for; the next signal kills."""
+    stop, first = torch.zeros(1, dtype=torch.int64), []
+
+    def handle(number, frame):
+        if first and time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
+            raise SystemExit(128 + number)
+        if not first:
+            first.append(time.monotonic())
+            stop.fill_(number)
+            say("stopping after this update (once more: at once)")
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup ignores it
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+    return stop
+
+
+def draw_samples(config, step, average, images, labels, device, dtype, part):
+    """Write a grid of samples, drawn `part` at a time; if that fails, a line, and the run goes on.
+
+    For an upsampler, each sample stands between its small image and the true one.
+    """
+    few = FEW_STEPS | {"steps": min(config.T, FEW_STEPS["steps"])}
+    process = {name: getattr(config, name) for name in PROCESS} | few
+    n, classes, tiles = 16 if config.low_res else 64, average.config.num_classes, []
+    try:
+        diffusion = Diffusion(**process).to(device)
+        for start in range(0, n, part):
+            rows = np.arange(start, min(n, start + part))
+            x0, y = to_device(images, labels, rows % len(images), device)
+            if classes and not config.low_res:
+                y = torch.from_numpy(rows).to(device) % classes
+            generators = [generator(config.seed, i, device) for i in rows.tolist()]
+            noise, net = randn(x0.shape[1:], generators), give_low_res(average, x0, config.low_res)
+            with autocast(device, dtype):
+                x = diffusion.sample(net, noise, y, **FEW_STEPS_SAMPLER, generators=generators)
+            if config.low_res:
+                small = F.interpolate(F.interpolate(x0, config.low_res, mode="area"), x0.shape[-1])
+                x = torch.stack([small, x, x0], dim=1).flatten(0, 1)
+            tiles.append(to_pixels(x))
+        grid = draw_grid(torch.cat(tiles), columns=12 if config.low_res else 8)
+        path = os.path.join(config.out, "samples", f"{step:07}.png")
+        write(path, partial(grid.save, format="png"))
+    except (OSError, RuntimeError, MemoryError) as error:
+        say(f"no grid of samples at step {step}: {str(error).splitlines()[0]}")
+
+
+# ---- Data --------------------------------------------------------------------------------------
 
 
 def load_batch(config, images, labels, t_sampler, step, device):
-    """This process's part of the batch of a step -> x0, y, t, weights, noise.
+    """This rank's part of the batch of a step -> x0, y, t, weights, noise.
 
-    All randomness is drawn anew from (seed, step), for the whole batch, by each process: neither
-    their number nor a restart changes what an image of the batch meets.
+    All randomness is drawn anew from (seed, step), for the whole batch, by each rank: neither their
+    number nor a restart changes what an image of the batch meets.
     """
     B, N = config.batch, len(images)
     mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
@@ -329,231 +381,458 @@ def load_batch(config, images, labels, t_sampler, step, device):
     t, weights = t_sampler.sample(B, g)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)[mine]
     flip = torch.rand(B, 1, 1, 1, generator=g, device=device)[mine] < 0.5 * config.flip
+    drop = torch.rand(B, generator=g, device=device)[mine] < config.label_dropout
     x0, y = to_device(images, labels, rows, device)
+    y = None if y is None else torch.where(drop, -1, y)
     return torch.where(flip, x0.flip(3), x0), y, t[mine], weights[mine], noise
 
 
-# ---- Training ----------------------------------------------------------------------------------
-
-COLUMNS = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n"
-
-
-def catch_signals():
-    """-> a tensor that becomes the number of the first SIGINT or SIGTERM; the next one kills."""
-    stop, first = torch.zeros(1, dtype=torch.int64), []
-
-    def handle(number, frame):
-        if first and time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
-            raise SystemExit(128 + number)
-        if not first:
-            first.append(time.monotonic())
-            stop.fill_(number)
-            say("stopping after this step (once more: at once)")
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return stop
+@lru_cache(2)
+def epoch_order(seed, epoch, n):
+    return torch.randperm(n, generator=generator(seed, epoch, stream="order")).numpy()
 
 
-def draw_grid(path, seed, diffusion, ema, device, autocast):
-    """Write a grid of 64 samples."""
-    size, classes = ema.config.image_size, ema.config.num_classes
-    generators = [generator(seed, i, device) for i in range(64)]
-    y = torch.arange(64, device=device) % classes if classes else None
-    with autocast:
-        x = diffusion.sample(ema, randn((3, size, size), generators), y, generators=generators)
-    x = torch.nn.functional.interpolate(x, scale_factor=float(max(1, 64 // size)))
-    write(path, lambda f: save_image(x, f, "png", normalize=True, value_range=(-1, 1)))
+def to_device(images, labels, rows, device):
+    """The images of some rows, as float32 in [-1, 1], and their labels or None."""
+
+    def move(array):
+        tensor = torch.from_numpy(np.asarray(array))
+        if device.type == "cuda":  # from pinned memory, the host need not wait for the device
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return move(images[rows]).float() / 127.5 - 1, None if labels is None else move(labels[rows])
 
 
-def check_classes(model, classes, data):
-    if model.config.num_classes != classes:
-        ours = model.config.num_classes or "no"
-        raise ValueError(f"--data {data} has {classes or 'no'} classes, the network {ours}")
+def load_data(config, network=None, held_out=False):
+    """-> uint8 images (N, 3, S, S), int64 labels (N,) or None, the names of class 0, 1, … or None.
+
+    network  the UNetConfig of a trained network, whose classes are kept. None: the network is new
+    Says what was found and what was left out. Raises ValueError if the data do not fit.
+    """
+    size, notes = config.image_size, ""
+    if config.data == "digits":
+        images, names = draw_digits(20_000, size, config.seed + 2**32 * held_out)
+    elif config.data == "cifar10":
+        images, names = load_cifar10(held_out)
+    elif config.data.endswith(".npz"):
+        images, names = load_npz(config.data)
+    elif os.path.isdir(config.data):
+        images, names, notes = load_folder(config.data, size, config)
+    else:
+        raise UsageError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
+    if images.shape[2:] != (size, size):
+        raise UsageError(f"--image-size {size}: {config.data} has {images.shape[-1]} pixels a side")
+    found = f"{len(images):,} images"
+    if not config.class_cond:
+        say(found + notes)
+        return images, None, None
+    if names is None:
+        raise ValueError(f"--class-cond: {config.data} has no labels")
+    classes = number_classes(set(names), network, config.data)
+    number = {name: k for k, name in enumerate(classes)}
+    listed = some([f"{name} ({k})" for name, k in number.items()])
+    found += f" in {len(set(names))} classes: {listed}"
+    absent = [name for name in classes if name not in set(names)]
+    say(found + (f"; none of {some(absent)}" if absent else "") + notes)
+    return images, np.array([number[name] for name in names]), classes
 
 
-def train(config, state, device, autocast):
-    """Train to config.steps. `state` may hold a whole checkpoint, weights alone, or nothing."""
-    images, labels, classes = load_data(config)
-    process = {name: getattr(config, name) for name in PROCESS}
-    unet = {name: getattr(config, name) for name in NETWORK}
-    unet |= dict(out_channels=6 if config.variance == "learned" else 3, num_classes=classes)
-    unet |= state.get("unet", {}) | {"dropout": config.dropout}
-    torch.manual_seed(config.seed)
-    model = UNet(UNetConfig(**unet))
-    check_classes(model, classes, config.data)
-    diffusion = Diffusion(**process).to(device)
-    preview = Diffusion(**process, steps=min(config.T, 100)).to(device)
-    ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
-    params, averages = list(model.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
-    t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
-    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "t_sampler": t_sampler}
-    for name in stateful.keys() & state.keys():
-        stateful[name].load_state_dict(state.pop(name))
-    start, log = state.get("step", 0), state.get("log", COLUMNS)
-    begin = time.monotonic() - state.get("seconds", 0)
-    if (gather(torch.tensor([start])) != start).any():
-        fail("not all processes see the same checkpoint: nodes must share the storage of --out")
-    net = torch.compile(model) if config.compile else model
-    if WORLD > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+def number_classes(found, network, data):
+    """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
+    natural = {n: [int(p) if p.isdigit() else p for p in re.split("([0-9]+)", n)] for n in found}
+    if network is None:
+        return tuple(sorted(found, key=lambda name: (natural[name], name)))
+    if network.class_names is None:  # OpenAI's files and our older ones: by place, in plain order
+        if len(found) != network.num_classes:
+            ours = network.num_classes or "no"
+            raise ValueError(f"--data {data} has {len(found)} classes, the network {ours}")
+        return tuple(sorted(found))
+    if unknown := sorted(found - set(network.class_names)):
+        known = some(network.class_names)
+        raise ValueError(f"--data {data} has a class {unknown[0]}; the network's are {known}")
+    return network.class_names
 
-    ckpt = os.path.join(config.out, "ckpt.pt")
-    about = dict(config=vars(config), unet=vars(model.config), diffusion=process)
-    # Since the last row of the log: loss, bits/dim, gradient norm, steps, skipped steps.
-    sums, skipped_in_a_row = torch.zeros(5, device=device), torch.zeros((), device=device)
-    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
+
+def some(names, most=10):
+    return ", ".join(names[:most]) + f", … ({len(names) - most} more)" * (len(names) > most)
+
+
+def printable(name):
+    """A file's name as text that any file can hold: bytes that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def draw_digits(n, size, seed):
+    """n pictures of a digit: any height, place, and two colours that differ in brightness."""
+    rng = np.random.default_rng(seed)
+    fonts = [ImageFont.load_default(size=height * 1.4) for height in range(size // 2, size - 2)]
+    images, digits = np.empty((n, size, size, 3), np.uint8), rng.integers(10, size=n).astype(str)
+    for i, digit in enumerate(digits):
+        paper = ink = rng.integers(256, size=3)
+        while abs((paper - ink) @ [0.299, 0.587, 0.114]) < 80:
+            ink = rng.integers(256, size=3)
+        image = Image.new("RGB", (size, size), tuple(paper.tolist()))
+        font = fonts[rng.integers(len(fonts))]
+        left, top, right, bottom = font.getbbox(digit)
+        x, y = rng.integers((0, 0), (size + 1 - right + left, size + 1 - bottom + top))
+        ImageDraw.Draw(image).text((x - left, y - top), digit, tuple(ink.tolist()), font)
+        images[i] = image
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), digits.tolist()
+
+
+def load_cifar10(held_out):
+    """The training or the test images of CIFAR-10, and the name of the class of each."""
     try:
-        _lock = RANK == 0 and locked(os.path.join(config.out, ".lock"), fcntl.LOCK_NB)  # until exit
-    except BlockingIOError:
-        fail(f"another run is writing to {config.out}: take another --out")
-    stop, bar = catch_signals(), tqdm(
-        desc=f"step {start}", total=config.steps * config.batch, initial=start * config.batch,
-        file=sys.stderr if TTY and RANK == 0 else open(os.devnull, "w"), unit=" images",
-        unit_scale=True,
-        bar_format="{desc}, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
-    )  # fmt: skip
-    for step in range(start, max(start, config.steps) + 1):  # steps done; the last pass only saves
-        stopping = int(gather(stop).max())  # on the CPU: the device does not wait
-        last, new = step >= config.steps, step > start
-        saves = new and (last or stopping or step % config.save_every == 0)
-        if saves or new and step % config.log_every == 0:
-            loss, bits, norm, good, bad = gather(sums[None]).mean(0).tolist()
-            loss, bits, norm = (value / max(good, 1) for value in (loss, bits, norm))
-            bits += diffusion.prior(x0).mean().item()
-            seconds = time.monotonic() - begin
-            log += f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{bad:.0f},{seconds:.1f}\n"
-            if RANK == 0:
-                write(os.path.join(config.out, "log.csv"), lambda file: file.write(log.encode()))
-            sums.zero_()
-            bar.set_description_str(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim")
-            if not TTY:
-                say(str(bar))
-            if skipped_in_a_row >= 100:
-                fail(f"no finite gradient in the 100 steps before {step}: try a smaller --lr")
-        if RANK == 0 and new and not stopping and (last or step % config.sample_every == 0):
-            path = os.path.join(config.out, "samples", f"{step:07}.png")
-            draw_grid(path, config.seed, preview, ema, device, autocast)
-        if RANK == 0 and saves:
-            parts = {name: part.state_dict() for name, part in stateful.items()}
-            save_checkpoint(ckpt, about | parts | dict(step=step, seconds=seconds, log=log))
-        if last or stopping:
-            break
+        with one_rank_first(), contextlib.redirect_stdout(sys.stderr):
+            data = CIFAR10("data", train=not held_out, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = f"cannot download CIFAR-10 ({error}); put cifar-10-python.tar.gz into data/"
+        raise ValueError(reason) from error
+    return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
-        lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
-        optimizer.param_groups[0]["lr"] = lr
-        torch.manual_seed(generator(config.seed, 2**30 + step * WORLD + RANK).initial_seed())
-        x0, y, t, weights, noise = load_batch(config, images, labels, t_sampler, step, device)
-        losses, n = [], len(x0)
-        for part in range(config.accum):
-            s = slice(part * n // config.accum, (part + 1) * n // config.accum)
-            net.require_backward_grad_sync = part == config.accum - 1  # DDP sums gradients once
-            y_part = None if y is None else y[s]
-            with autocast:
-                loss, vlb = diffusion.losses(net, x0[s], t[s], y_part, noise[s], config.objective)
-            (weights[s] @ loss * (WORLD / config.batch)).backward()  # DDP divides by WORLD
-            losses.append(torch.stack([loss.detach(), vlb]))
-        norm = clip_grad_norm_(params, config.grad_clip or math.inf)
-        # A gradient that is not finite, on any process, is not used: the fused optimizer then does
-        # nothing, and the host need not look.
-        bad = (~norm.isfinite()).float()
-        optimizer.grad_scale, optimizer.found_inf = None, bad
-        if device.type != "mps" or not bad:  # whose optimizer may not know found_inf
-            optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():  # else each step's average would keep the one before for a backward
-            # The ramp keeps the initial weights out of the average of a short run.
-            torch._foreach_lerp_(averages, params, 1 - min(config.ema, (1 + step) / (10 + step)))
-        losses = torch.cat(losses, 1)
-        t_sampler.update(t, losses[0])
-        skipped_in_a_row = (skipped_in_a_row + bad) * bad
-        means = losses @ weights * (WORLD / config.batch)
-        row = torch.stack([*means, norm]).where(bad == 0, 0).nan_to_num(0, 0, 0)
-        sums += torch.cat([row, torch.stack([1 - bad, bad])])
-        bar.update(config.batch)
-    bar.close()
-    if stopping:
-        raise SystemExit(128 + stopping)
-    if RANK == 0:
-        print(ckpt)
+
+@lru_cache(1)
+def load_npz(path):
+    """The images of an .npz file (N, 3, S, S), and the name of the class of each, or None.
+
+    It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels (N,), and the names of
+    class 0, 1, … in class_names. sample.py writes such files.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is damaged, or no .npz file of arrays") from error
+    images = arrays.get("arr_0", arrays.get("images", np.zeros(0)))
+    labels = arrays.get("arr_1", arrays.get("labels"))
+    N, *shape = images.shape
+    if images.dtype != np.uint8 or N == 0 or len(shape) != 3 or shape != [shape[0], shape[0], 3]:
+        found = f"{images.dtype} {images.shape}"
+        raise ValueError(f"{path}: arr_0 must be images, uint8 (N, S, S, 3), but is {found}")
+    if labels is not None:
+        if labels.shape != (N,):
+            raise ValueError(f"{path}: there are {N} images, but labels of shape {labels.shape}")
+        named = dict(enumerate(arrays.get("class_names", ())))
+        labels = [printable(str(named.get(label, label))) for label in labels.tolist()]
+    return images.transpose(0, 3, 1, 2), labels
+
+
+def load_folder(root, size, config):
+    """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes.
+
+    They are decoded once, into data/cache, and again if a file was added, removed or changed. Files
+    that cannot be read are tried again at each start.
+    """
+    listing, left_out, others = list_images(root, config.out)
+    paths = [path for path, *_ in listing]
+    if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
+        raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
+    about = repr((os.path.realpath(root), size, listing))
+    key = f"{size}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    cache = os.path.join(cache_folder(), f"{os.path.basename(os.path.abspath(root))[:40]}-{key}")
+    with one_rank_first():
+        good = np.load(f"{cache}/paths.npy").tolist() if os.path.isdir(cache) else []
+        again = {path: read_image(root, size, path) for path in set(paths) - set(good) if good}
+        if not good or any(not isinstance(image, str) for image in again.values()):
+            good, again = decode(root, size, paths, cache)
+    bad = [f"{printable(path)} ({why})" for path, why in sorted((left_out | again).items())]
+    notes = f"; {len(bad)} left out: {some(bad, 5)}" if bad else ""
+    if others:
+        notes += f"; {others.total()} not looked at ({' '.join(sorted(others))})"
+    if not good:
+        raise ValueError(f"--data {root}: no readable image there{notes}")
+    images = np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(good), 3, size, size))
+    return images, [printable(path.split(os.sep)[0]) for path in good], notes
+
+
+def list_images(root, out):
+    """What lies below root, links followed -> [(path, size, time)] of the images, {path: reason} of
+    what was left out, and the number of files of each suffix that Pillow does not open.
+
+    Hidden names, the cache, `out` and other runs are not entered. Nor is a link that leads back to
+    a folder which contains it, or which its class has entered before.
+    """
+    here, inside_cache = os.path.realpath(root), os.path.realpath(cache_folder())
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
+    listing, left_out, others, entered = [], {}, Counter(), set()
+
+    def enter(path):
+        real = os.path.realpath(os.path.join(root, path))
+        place = (path.split(os.sep)[0], real)
+        leads_back = (here + os.sep).startswith(os.path.join(real, "")) or place in entered
+        entered.add(place)
+        if os.path.exists(os.path.join(real, "ckpt.pt")) and real != os.path.realpath(out):
+            left_out[path] = "a run"
+            return False
+        return not leads_back and real not in (os.path.realpath(out), inside_cache)
+
+    def unreadable(error):
+        left_out[os.path.relpath(error.filename, root)] = error.strerror
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+        inside = "" if folder == root else os.path.relpath(folder, root)
+        folders[:] = [f for f in folders if f[0] != "." and enter(os.path.join(inside, f))]
+        for path in [os.path.join(inside, f) for f in files if f[0] != "."]:
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix not in suffixes:
+                others[printable(suffix) or "no suffix"] += 1
+                continue
+            try:
+                about = os.stat(os.path.join(root, path))
+                if not stat.S_ISREG(about.st_mode):
+                    raise OSError(0, "not a file")
+                listing.append((path, about.st_size, about.st_mtime_ns))
+            except OSError as error:
+                left_out[path] = error.strerror
+    return sorted(listing), left_out, others
+
+
+def cache_folder():
+    """data/cache, or where that cannot be written, a folder of the user's."""
+    home = os.path.expanduser("~/.cache/improved-ddpm")
+    for folder in ("data/cache", home, tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise OSError("no folder for decoded images can be written: not even data/cache")
+
+
+def decode(root, size, paths, cache):
+    """Decode images into the folder `cache` -> the paths that were read, {path: why not} for others."""
+    good, broken, read = [], {}, partial(read_image, root, size)
+    work = tempfile.mkdtemp(dir=os.path.dirname(cache), suffix=".tmp")  # another run has its own
+    try:
+        with open(f"{work}/images.u8", "wb") as file, ThreadPool() as pool:
+            bar = tqdm(pool.imap(read, paths), f"reading {root}", len(paths), disable=not TTY)
+            for path, image in zip(paths, bar):
+                if isinstance(image, str):
+                    broken[path] = image
+                else:
+                    file.write(image.tobytes())
+                    good.append(path)
+        np.save(f"{work}/paths.npy", good)
+        shutil.rmtree(cache, ignore_errors=True)
+        os.rename(work, cache)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return good, broken
+
+
+Image.MAX_IMAGE_PIXELS = None  # large photographs, texts and colour profiles are no attack here
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+# EXIF's orientations 2 to 8.
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+
+
+def read_image(root, size, path):
+    """The centre square of an image file as uint8 (3, size, size), or why there is none: a str."""
+    try:
+        with Image.open(os.path.join(root, path)) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
+            image.load()
+            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+                return "32 bits a pixel, whose range is not known"
+            with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
+                if (turn := image.getexif().get(0x0112, 1)) in range(2, 9):
+                    image = image.transpose(Image.Transpose[TURNS.split()[turn - 2]])
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        return np.asarray(image).transpose(2, 0, 1)
+    except Exception as error:  # Pillow has one for every way in which a file can be broken
+        return getattr(error, "strerror", None) or "broken"
 
 
 # ---- Bits per dimension ------------------------------------------------------------------------
 
 
-def evaluate(config, device, autocast):
-    """Print a checkpoint's bound on images of --data (or its test set), write each L_t's mean."""
-    known = config.schedule, config.T, None, config.num_heads  # for a plain state dict
-    model, process = load_checkpoint(config.ckpt, *known)
-    process |= {"variance": config.variance or process["variance"], "steps": config.eval_steps}
-    diffusion = Diffusion(**process).to(device)
-    config.image_size = model.to(device).config.image_size
-    config.class_cond = model.config.num_classes is not None
-    images, labels, classes = load_data(config, held_out=True)
-    check_classes(model, classes, config.data)
-    n = min(config.eval_images, len(images))
-    rows = epoch_order(config.seed, 0, len(images))[:n]
-    # Every term once; or, in eval_calls calls, two estimates, whose difference tells the error.
-    exact, p = config.eval_calls >= diffusion.num_steps, None
-    estimates, calls = (range(1), None) if exact else (range(2), (config.eval_calls - 3) // 2)
-    found, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
+def evaluate(config, model, device, dtype):
+    """Print a network's bound on images of --data (or its test set), write each L_t's mean."""
+    process = {name: getattr(config, name) for name in PROCESS}
+    diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
+    images, labels, _ = load_data(config, model.config, held_out=True)
+    rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
+    measured = measure(config, model.to(device), diffusion, images, labels, rows, dtype)
+    n = len(rows)
+    if RANK > 0:
+        return
+    total, difference, prior = measured["bounds"].unbind(1)
+    L_t, draws = measured["sums"] / measured["draws"], measured["draws"]
+    exact = "every term computed" if config.eval_calls >= diffusion.num_steps else (
+        f"± {difference.norm() / n:.4f} by the choice of t and noise")
+    of_images = f"± {total.std() / n**0.5:.4f} with that of images" if n > 1 else (
+        "one image does not tell the error of its choice")
+    report(f"bits/dim {total.mean():.4f} on {n} images, {exact}, {of_images}")
+    kls = (total - prior).mean() - L_t[0]
+    report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
+    run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
+    path, t = os.path.join(run, "terms.csv"), draws.nonzero().flatten()
+    rows = [f"{i},{L:.6g},{d:.0f}" for i, L, d in zip(t.tolist(), L_t[t], draws[t])]
+    text = "\n".join(["t,bits_per_dim,draws", *rows, ""])
+    write(path, lambda file: file.write(text.encode()))
+    say(f"wrote {path}")
+
+
+def measure(config, model, diffusion, images, labels, rows, dtype):
+    """The bounds of images[rows], shared out among the ranks -> a dict of tensors for them all.
+
+    bounds       (n, 3): total, half the difference of two estimates of it (0 if exact), prior
+    sums, draws  (num_steps,): the sum of all L_t that were computed, and their number
+    """
+    device = next(model.parameters()).device
+    exact, calls, p = config.eval_calls >= diffusion.num_steps, (config.eval_calls - 3) // 2, None
+    bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
-    bar = tqdm(range(RANK, n, config.batch * WORLD), "bits/dim", disable=not TTY or RANK > 0)
-    with autocast:
-        for i in bar:
-            x0, y = to_device(images, labels, rows[i : i + config.batch * WORLD : WORLD], device)
-            if p is None and not exact:  # a pilot: at most one call an image
-                few = slice(max(1, n // WORLD // 32))
-                p = diffusion.pilot(model, x0[few], None if y is None else y[few])
-            inner = exact and not bar.disable
-            bounds = [diffusion.bits_per_dim(model, x0, y, p, calls, inner) for _ in estimates]
-            total, terms, prior = (torch.stack(parts).cpu() for parts in zip(*bounds))
-            found.append(torch.stack([total.mean(0), (total[0] - total[-1]) / 2, prior[0]], 1))
-            sums += torch.stack([terms.nansum((0, 1)), (~terms.isnan()).sum((0, 1))])
-            total, rest, _ = torch.cat(found).unbind(1)
-            bar.set_postfix_str(f"{total.mean():.3f} ± {rest.norm() / len(rest):.4f}")
-    total, rest, prior = gather(torch.cat(found)).double().unbind(1)
+    stride = config.batch * WORLD
+    bar = tqdm(range(RANK, len(rows), stride), "bits/dim", disable=not TTY or RANK > 0)
+    for start in bar:
+        x0, y = to_device(images, labels, rows[start : start + stride : WORLD], device)
+        net = give_low_res(model, x0, config.low_res)
+        with autocast(device, dtype):
+            if exact:
+                terms, prior = diffusion.bits_per_dim(net, x0, y, progress=not bar.disable)
+                total = other = terms.sum(1) + prior
+            else:
+                if p is None:  # the pilot costs at most one call for each image
+                    few = slice(max(1, len(rows) // WORLD // 32))
+                    pilot_net = give_low_res(model, x0[few], config.low_res)
+                    p = diffusion.pilot(pilot_net, x0[few], None if y is None else y[few])
+                total, terms, prior = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
+                other, more, _ = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
+                terms = torch.cat([terms, more])
+        bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
+        sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
+        bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}")
     sums, draws = gather(sums[None]).sum(0)
-    if RANK == 0:
-        L_t = sums / draws
-        error = f"± {rest.norm() / n:.4f} by the choice of t and noise"
-        print(f"bits/dim {total.mean():.4f} on {n} images,"
-              f" {'every term computed' if exact else error},"
-              f" ± {total.std() / n**0.5:.4f} with that of images")  # fmt: skip
-        kls = (total - prior).mean() - L_t[0]
-        print(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
-        run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
-        path, t = os.path.join(run, "terms.csv"), draws.nonzero().flatten()
-        table, header = torch.stack([t, L_t[t], draws[t]], 1), "t,bits_per_dim,draws"
-        np.savetxt(path, table, ("%d", "%.6g", "%d"), ",", header=header, comments="")
-        say(f"wrote {path}")
+    return dict(bounds=gather(torch.cat(bounds).double()), sums=sums, draws=draws)
+
+
+# ---- From the command line to the run ----------------------------------------------------------
+
+
+def configure(argv):
+    """-> the configuration (a Namespace), and what to start from: a checkpoint's dict, a network to
+    measure, or {}. Raises UsageError for flags that contradict each other or the run."""
+    usage = "[torchrun] train.py [--data digits|cifar10|DIR|X.npz] [flags]"
+    given = vars(make_parser(usage, FLAGS, PAPER).parse_args(argv))
+    for name in ("data", "out", "init", "ckpt"):
+        if given.get(name) == "":
+            raise UsageError(f"{flag(name)} must not be empty")
+    preset = PAPER | preset_of(given) | {"time_scale": None}
+    if "help" in given:
+        make_parser(usage, FLAGS, preset).print_help()
+        raise SystemExit
+    data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
+    out = given.get("out", os.path.join("runs", data))
+    ckpt, run, state, fixed = os.path.join(out, "ckpt.pt"), {}, {}, ()
+    known = given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)
+    if given.get("eval_only"):
+        ckpt = given.get("ckpt", ckpt)
+        state, process = load_checkpoint(ckpt, *known)
+        run, fixed, whose = flags_of(state, process) | {"ckpt": ckpt}, SHAPE, ckpt
+    elif os.path.exists(ckpt):
+        state = read_checkpoint(ckpt)
+        if not isinstance(state.get("config"), dict):
+            raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
+        run, fixed = OLDER | state["config"], PAPER.keys() - RUN - MEASURE
+        whose = f"the run in {out}"
+    elif "init" in given:
+        model, process = load_checkpoint(given["init"], *known)
+        run, fixed, whose = flags_of(model, process), SHAPE, "the network of --init"
+        weights = model.state_dict()
+        state = dict(unet=vars(model.config), model=weights, ema=weights)
+    for name in sorted(given.keys() & set(fixed)):
+        if given[name] != run[name]:
+            wrong = f"{flag(name)} {given[name]}: {whose} has {run[name]}"
+            raise UsageError(f"{wrong}; leave it out, or take another --out")
+    config = Namespace(**preset | run | given | {"out": out})
+    check(config, given)
+    return config, state
+
+
+def preset_of(given):
+    """What the data change of the paper's values. A folder's name is given a slash at its end."""
+    data = given.get("data", "digits")
+    if data == "digits":
+        return DIGITS
+    if data == "cifar10":
+        return {}
+    if data.endswith(".npz"):
+        size = load_npz(data)[0].shape[-1]
+    else:
+        given["data"] = os.path.join(os.path.normpath(data), "")  # cifar10/ is a folder
+        size = 64
+    size = given.get("image_size", size)
+    return FOLDER | dict(image_size=size, channel_mult=MULTS.get(size, (1, 2, 3, 4)))
+
+
+def flags_of(model, process):
+    """The flags that a checkpoint's network and process had."""
+    classes = model.config.num_classes is not None
+    shape = {name: getattr(model.config, name) for name in SHAPE - {"class_cond"}}
+    return process | shape | {"class_cond": classes}
+
+
+def check(config, given):
+    """Refuse what cannot be before any data are read."""
+    if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
+        raise UsageError(f"{flag(min(unused))} is for --eval-only")
+    if config.eval_steps and config.eval_steps > config.T:
+        raise UsageError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
+    if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
+        raise UsageError("--objective hybrid needs --variance learned: its second term trains it")
+    if config.batch < WORLD * config.accum and not config.eval_only:
+        parts = f"{WORLD} ranks × --accum {config.accum}"
+        raise UsageError(f"--batch {config.batch} is less than {parts}")
+    if not config.class_cond:
+        if given.get("label_dropout"):
+            raise UsageError("--label-dropout needs --class-cond")
+        config.label_dropout = 0.0
 
 
 def main():
     config, state = configure(sys.argv[1:])
     say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
+    device = pick_device(config.device)
     # bf16 biases bits/dim by about 0.02: there it is used only where it is asked for.
     exact = config.eval_only and config.dtype == "auto"
-    device, autocast = pick_device(config.device, "fp32" if exact else config.dtype)
-    if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # for resuming to the bit
+    dtype = pick_dtype("fp32" if exact else config.dtype, device)
+    join_ranks(device)
+    # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
+    torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if config.eval_only:
-        return evaluate(config, device, autocast)
-    if config.batch < WORLD * config.accum:
-        fail(f"--batch {config.batch} is less than {WORLD} processes × --accum {config.accum}", 2)
-    train(config, state, device, autocast)
+        return evaluate(config, state, device, dtype)
+    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
+    start = state.get("step", 0)
+    if (gather(torch.tensor([start])) != start).any():
+        raise ValueError("the ranks see different checkpoints: nodes must share --out")
+    with lock(os.path.join(config.out, ".lock")):
+        train(config, state, device, dtype)
+
+
+@contextlib.contextmanager
+def lock(path):
+    """Refuse to write where another run does. Where nothing can be locked, say so and go on."""
+    file = open(path, "w") if RANK == 0 else None
+    try:
+        if file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        where = os.path.dirname(path)
+        raise ValueError(f"another run is writing to {where}: take another --out") from error
+    except (OSError, AttributeError) as error:  # AttributeError: there is no fcntl
+        reason = getattr(error, "strerror", None) or "there are no locks on this system"
+        say(f"{path} cannot be locked ({reason}): do not start a second run there")
+    yield file
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        fail(str(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_script(main)
