@@ -16,12 +16,12 @@ import sys
 import zipfile
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from sampler import gather
@@ -373,51 +373,54 @@ def flag(name):
 
 
 def within(low, high, kind=int):
-    """A type for argparse: a number between these limits."""
+    """What argparse must know of a flag that is a number between these limits."""
 
     def number(text):
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
         return value
 
-    number.metavar = "N" if kind is int else "X"
-    return number
+    return dict(type=number, metavar="N" if kind is int else "X")
+
+
+def one_of(*choices):
+    """What argparse must know of a flag with these choices."""
+    return dict(choices=choices, type=type(choices[0]))
+
+
+def text(metavar):
+    """What argparse must know of a flag that is a text."""
+    return dict(metavar=metavar)
+
+
+SWITCH = dict(action=argparse.BooleanOptionalAction)
 
 
 def make_parser(usage, flags, shown):
-    """An argparse parser for a table {title: [(name, default, kind, meaning), …]}.
+    """An argparse parser for a table of flags {title: [(name, default, kind, meaning), …]}.
 
-    A kind is a type, a tuple of choices, bool, or the placeholder of a text. The parser sets only
-    what was typed; --help shows the values of `shown` as the defaults.
+    It sets only what was typed. Its --help shows the values of `shown` as the defaults.
     """
     parser = argparse.ArgumentParser(
         usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 100),
     )  # fmt: skip
-
-    def fail(message):
-        raise UsageError(message)
-
-    parser.error = fail
     for title, rows in flags.items():
         group = parser.add_argument_group(title)
         for name, _, kind, meaning in rows:
             value = shown[name]
             if isinstance(value, tuple):
                 value = ",".join(map(str, value)) or "none"
-            meaning += "" if value is None or kind is bool else f" (default: {value})"
-            if kind is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-                meaning += " (default)" if value else ""
-            elif isinstance(kind, tuple):
-                how = dict(choices=kind, type=type(kind[0]))
-            elif isinstance(kind, str):
-                how = dict(metavar=kind)
-            else:
-                how = dict(type=kind, metavar=kind.metavar)
-            group.add_argument(flag(name), dest=name, help=meaning.replace("%", "%%"), **how)
+            if value is not None and value is not False:
+                meaning += f" (default: {value})"
+            group.add_argument(flag(name), dest=name, help=meaning, **kind)
     parser.add_argument("-h", "--help", action="store_true", help="print this")
+    parser.error = refuse
     return parser
+
+
+def refuse(message):
+    raise UsageError(message)
 
 
 def pick_device(name):
@@ -508,14 +511,47 @@ def write(path, save):
             os.remove(f"{path}.tmp")
 
 
+def load_npz(path):
+    """The uint8 images of an .npz file (N, 3, S, S), and the class of each, or None.
+
+    It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels (N,), and the names of
+    class 0, 1, … in class_names, which then stand for the labels. sample.py writes such files.
+    Raises OSError, or ValueError if the file is damaged or holds something else.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is damaged, or no .npz file of arrays") from error
+    images = arrays.get("arr_0", arrays.get("images", np.zeros(0)))
+    labels = arrays.get("arr_1", arrays.get("labels"))
+    N, *shape = images.shape
+    if images.dtype != np.uint8 or N == 0 or len(shape) != 3 or shape != [shape[0], shape[0], 3]:
+        found = f"{images.dtype} {images.shape}"
+        raise ValueError(f"{path}: arr_0 must be images, uint8 (N, S, S, 3), but is {found}")
+    if labels is not None:
+        if labels.shape != (N,):
+            raise ValueError(f"{path}: there are {N} images, but labels of shape {labels.shape}")
+        named = dict(enumerate(map(str, arrays.get("class_names", ()))))
+        labels = [named.get(label, label) for label in labels.tolist()]
+    return images.transpose(0, 3, 1, 2), labels
+
+
 def to_pixels(x):
     """(N, C, H, W) in [-1, 1] -> uint8 of the same shape, on the CPU."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
 def draw_grid(pixels, columns=None):
-    """uint8 (N, C, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen."""
-    zoom = max(1, 64 // pixels.shape[-1])
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    columns = columns or math.ceil(len(pixels) ** 0.5)
-    return to_pil_image(make_grid(pixels, nrow=columns, padding=max(2, zoom)))
+    """uint8 (N, C, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen.
+
+    By hand: to import torchvision for its make_grid takes as long as to draw 64 digits.
+    """
+    N, C, H, W = pixels.shape
+    columns, zoom = columns or math.ceil(N**0.5), max(1, 64 // W)
+    cells = F.pad(pixels, (0, 1, 0, 1, 0, 0, 0, -N % columns))  # a black line between two images
+    cells = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H+1, columns, W+1, C)
+    grid = cells.flatten(2, 3).flatten(0, 1)[:-1, :-1].numpy()
+    return Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1))

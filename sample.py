@@ -27,42 +27,42 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from diffusion import (
     FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, guided, randn,
 )  # fmt: skip
 from model import (
-    RANK, TTY, WORLD, UsageError, autocast, draw_grid, join_ranks, load_checkpoint, make_parser,
-    pick_device, pick_dtype, report, run_script, say, to_pixels, within, write,
+    RANK, TTY, WORLD, UsageError, autocast, draw_grid, flag, join_ranks, load_checkpoint, load_npz,
+    make_parser, one_of, pick_device, pick_dtype, report, run_script, say, text, to_pixels, within,
+    write,
 )  # fmt: skip
 
 whole = within(1, 10**8)
 FLAGS = {
     "what to draw": [
-        ("ckpt", None, "FILE|DIR", "checkpoint or run; the newest in runs/, or the one in assets/"),
-        ("n", 64, whole, "images; with --low-res, one for each small image if not given"),
-        ("class", None, "NAME|K", "the class of all images, by name or number; each in turn"),
+        ("ckpt", None, text("FILE|DIR"), "the newest in runs/, else the one in assets/"),
+        ("n", None, whole, "images; 64, or with --low-res one for each small image"),
+        ("class", None, text("NAME|K"), "of all images, by name or number; or in turn"),
         ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1: none"),
-        ("low_res", None, "PATH", "an upsampler's small images: X.npz, a picture or a folder"),
+        ("low_res", None, text("PATH"), "an upsampler's small images: X.npz, a picture or a folder"),
         ("seed", 0, within(0, 2**32 - 1), "of the images"),
-        ("out", "samples.png", "PATH", "X.png (a grid), X.gif, X.npz or a folder"),
+        ("out", "samples.png", text("PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
-        ("steps", FEW_STEPS["steps"], whole, "steps, each one call of the network"),
+        ("steps", None, whole, f"one call of the network each (default: {FEW_STEPS['steps']}, or T)"),
         ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "of the steps: 1 even, 3 cubic"),
-        ("method", FEW_STEPS_SAMPLER["method"], ("ancestral", "ddim"), "sampler"),
-        ("order", FEW_STEPS_SAMPLER["order"], (1, 2), "2: extrapolate from the step before"),
+        ("method", FEW_STEPS_SAMPLER["method"], one_of("ancestral", "ddim"), "sampler"),
+        ("order", FEW_STEPS_SAMPLER["order"], one_of(1, 2), "2: extrapolate from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1: as much as ancestral"),
-        ("variance", None, ("learned", "small", "large"), "of p; the checkpoint's"),
+        ("variance", None, one_of("learned", "small", "large"), "of p; the checkpoint's"),
         ("batch", 64, whole, "images at a time, on each rank"),
-        ("device", "auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
-        ("dtype", "auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products"),
+        ("device", "auto", one_of("auto", "cpu", "cuda", "mps"), "where to compute"),
+        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "of matrix products"),
     ],
     "what a plain state dict does not say": [
         ("T", None, within(2, 10**5), "timesteps it was trained on; the checkpoint's"),
-        ("schedule", None, tuple(SCHEDULES), "noise schedule; the checkpoint's"),
+        ("schedule", None, one_of(*SCHEDULES), "noise schedule; the checkpoint's"),
         ("time_scale", None, within(0, 1e6, float), "of t for the network; the checkpoint's"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
     ],
@@ -75,15 +75,16 @@ def main():
     path = args.ckpt or newest_checkpoint()
     model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
     small, labels = choose_inputs(args, model.config)
-    steps = min(args.steps, process["T"])
-    process |= {"variance": args.variance or process["variance"]}
-    about = describe(args, model, process | {"steps": steps}, labels)
+    if (args.steps or 1) > process["T"]:
+        raise UsageError(f"--steps {args.steps}: the process has T = {process['T']}")
+    process |= {"variance": args.variance or process["variance"], "spacing": args.spacing}
+    process |= {"steps": args.steps or min(FEW_STEPS["steps"], process["T"])}
+    process |= {"min_alpha_bar": FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0}
+    diffusion, about = Diffusion(**process), describe(args, model, process, labels)
     check_out(args)
     device = pick_device(args.device)
     join_ranks(device, timedelta(days=9))  # drawing needs no exchange, and ranks may be days apart
-    begin = FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0
-    diffusion = Diffusion(**process, steps=steps, spacing=args.spacing, min_alpha_bar=begin)
-    say(f"{path}: {args.n} images in {steps} steps on {device}")
+    say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws the images of its own; a folder is resumed where it was left.
     mine = range(RANK, args.n, WORLD)
@@ -95,7 +96,8 @@ def main():
     drawn = draw(args, model.to(device), diffusion.to(device), small, labels, mine, shown)
     if args.kind == "folder":
         for i, frames in drawn:
-            save_png(png_path(args, i), frames[-1], about(i))
+            picture = Image.fromarray(frames[-1].permute(1, 2, 0).numpy())
+            save_png(png_path(args, i), picture, about(i))
     else:
         size = model.config.image_size
         pixels = torch.zeros(args.n, len(shown), 3, size, size, dtype=torch.uint8)
@@ -139,13 +141,15 @@ def parse(argv):
     if "help" in given:
         parser.print_help()
         raise SystemExit
-    args = Namespace(**preset | given, n_given="n" in given)
+    args = Namespace(**preset | given)
+    if "" in given.values():
+        raise UsageError(f"{flag(next(k for k in given if given[k] == ''))} must not be empty")
     args.kind = FORMATS.get(os.path.splitext(args.out)[1].lower())
-    if not args.out or args.kind is None or (args.kind != "folder" and os.path.isdir(args.out)):
+    if args.kind is None or (args.kind != "folder" and os.path.isdir(args.out)):
         raise UsageError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
     if args.eta and args.method != "ddim":
         raise UsageError("--eta is for --method ddim")
-    if args.n > 4096 and args.kind in ("grid", "film"):
+    if (args.n or 0) > 4096 and args.kind in ("grid", "film"):
         raise UsageError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
     return args
 
@@ -158,60 +162,69 @@ def newest_checkpoint():
 
 
 def choose_inputs(args, config):
-    """The small images (n, 3, s, s) in [-1, 1] or None, and the labels (n,) or None; sets args.n."""
-    small = labels = None
+    """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
+    small = names = None
     if (args.low_res is None) != (config.low_res is None):
         what = "needs --low-res" if config.low_res else "is no upsampler: leave out --low-res"
         raise UsageError(f"the network {what}")
     if args.low_res is not None:
-        small, labels = load_small(args.low_res, config.low_res)
-        args.n = args.n if args.n_given else len(small)
-        places = torch.arange(args.n) % len(small)
-        small, labels = small[places], None if labels is None else labels[places]
-    classes, name = config.num_classes, vars(args)["class"]
-    if name is None and args.guidance == 1 and not classes:
+        small, names = load_small(args.low_res, config.low_res)
+        args.n = args.n or len(small)
+        small = small[torch.arange(args.n) % len(small)]
+    args.n, name = args.n or 64, vars(args)["class"]
+    if not config.num_classes:
+        if name is not None or args.guidance != 1:
+            raise UsageError("--class and --guidance are for networks that know classes")
         return small, None
-    if not classes:
-        raise UsageError(f"{'--guidance' if name is None else '--class'}: the network has no classes")
     if args.guidance != 1 and not config.label_dropout:
         raise UsageError("--guidance: the network was trained without --label-dropout")
-    names = list(config.class_names or map(str, range(classes)))
-    if name is None:
-        if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
-            raise ValueError(f"{args.low_res} has labels beyond the network's {classes} classes")
-        if small is not None and labels is None:
-            raise UsageError(f"--class: {args.low_res} does not tell the class of its images")
-        return small, torch.arange(args.n) % classes if labels is None else labels
-    k = names.index(name) if name in names else int(name) if name.isdecimal() else classes
-    if k >= classes:
-        known = ", ".join(names[:10]) + ", …" * (classes > 10)
-        raise UsageError(f"--class {name}: the network's {classes} classes are {known}")
-    return small, torch.full((args.n,), k)
+    if name is not None:
+        return small, torch.full((args.n,), class_number(name, config, "--class"))
+    if small is None:
+        return small, torch.arange(args.n) % config.num_classes
+    if names is None:
+        raise UsageError(f"--class: {args.low_res} does not tell the class of its images")
+    labels = torch.tensor([class_number(name, config, args.low_res) for name in names])
+    return small, labels[torch.arange(args.n) % len(labels)]
+
+
+def class_number(name, config, where):
+    """The number of the network's class of this name (a str), or else of this number."""
+    names = config.class_names or [str(k) for k in range(config.num_classes)]
+    if name in names:
+        return names.index(name)
+    if str(name).isdecimal() and int(name) < config.num_classes:
+        return int(name)
+    known = ", ".join(names[:10]) + ", …" * (len(names) > 10)
+    raise UsageError(f"{where} {name}: the network has no such class, but {known}")
 
 
 def load_small(path, size):
     """Small images (N, 3, size, size) in [-1, 1] of an .npz file, a picture or a folder of
-    pictures, and the labels that the file holds, or None."""
-    labels = None
+    pictures, and the names of their classes, which only the first can tell, or None."""
     if path.endswith(".npz"):
-        with np.load(path) as file:
-            images = file["arr_0"]
-            labels = torch.from_numpy(file["arr_1"]) if "arr_1" in file else None
+        images, names = load_npz(path)
     else:
-        names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-        files = [os.path.join(path, name) if name else path for name in names if name[:1] != "."]
-        images = []
-        for file in files:
-            with Image.open(file) as image:
-                images.append(np.asarray(image.convert("RGB")))
-    for image in images:
-        if image.shape != (size, size, 3):
-            found = f"{image.shape[1]} × {image.shape[0]}"
-            raise ValueError(f"--low-res {path}: images must be {size} × {size}, not {found}")
+        files = [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, f) for f in sorted(os.listdir(path)) if f[0] != "."]
+        images, names = [read_picture(file) for file in files], None
     if not len(images):
         raise ValueError(f"--low-res {path}: no images there")
-    small = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return small.float() / 127.5 - 1, labels
+    for image in images:
+        if image.shape != (3, size, size):
+            found = f"{image.shape[2]} × {image.shape[1]}"
+            raise ValueError(f"--low-res {path}: images must be {size} × {size}, not {found}")
+    return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, names
+
+
+def read_picture(path):
+    """A picture as uint8 (3, H, W)."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except Exception as error:  # Pillow has one for every way in which a file can be broken
+        raise ValueError(f"--low-res {path}: no picture that can be read") from error
 
 
 # ---- Where it goes -----------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def describe(args, model, process, labels):
     """A function of i: what a PNG says of the image that it holds, {key: text}."""
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     settings = {name: vars(args)[name] for name in ("seed", "method", "order", "eta", "guidance")}
-    settings |= process | {"spacing": args.spacing, "weights": f"{zlib.crc32(flat.numpy()):08x}"}
+    settings |= process | {"weights": f"{zlib.crc32(flat.numpy()):08x}"}
     names = model.config.class_names
 
     def about(i):
@@ -250,7 +263,8 @@ def png_path(args, i):
 
 def is_done(path, about):
     """Whether an earlier call drew this PNG. ValueError if it did so with other settings."""
-    with contextlib.suppress(OSError), Image.open(path) as image:
+    with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
+        image.load()  # a picture that was cut short is drawn again
         for key, value in about.items():
             if image.info.get(key) != value:
                 raise ValueError(f"{path} was drawn with another {key}: take another --out")
@@ -258,12 +272,11 @@ def is_done(path, about):
     return False
 
 
-def save_png(path, pixels, about):
-    """Write an image, uint8 (C, H, W), or a picture, with what is known of it."""
+def save_png(path, picture, about):
+    """Write a picture with what is known of it."""
     notes = PngInfo()
     for key, value in about.items():
         notes.add_itxt(key, value)
-    picture = pixels if isinstance(pixels, Image.Image) else to_pil_image(pixels)
     write(path, partial(picture.save, format="png", pnginfo=notes))
 
 

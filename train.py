@@ -12,6 +12,7 @@ The same command again resumes the run from its last checkpoint, on any number o
 
 import contextlib
 import copy
+import getpass
 import hashlib
 import os
 import re
@@ -35,14 +36,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from diffusion import FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, randn
 from model import (
-    RANK, TTY, WORLD, UNet, UNetConfig, UsageError, autocast, draw_grid, flag, join_ranks,
-    load_checkpoint, make_parser, one_rank_first, pick_device, pick_dtype, read_checkpoint, report,
-    run_script, save_checkpoint, say, to_pixels, within, write,
+    RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, UsageError, autocast, draw_grid, flag, join_ranks,
+    load_checkpoint, load_npz, make_parser, one_of, one_rank_first, pick_device, pick_dtype,
+    read_checkpoint, report, run_script, save_checkpoint, say, text, to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -54,35 +54,31 @@ except ImportError:  # on Windows
 
 # ---- The flags ---------------------------------------------------------------------------------
 
+
+def list_of_numbers(text):
+    if not re.fullmatch("none|[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", text):
+        raise ArgumentTypeError(f"must be numbers like 1,2,2 or none, not {text}")
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
 whole, share = within(1, 10**9), within(0, 1, float)
+wholes = dict(type=list_of_numbers, metavar="N,N")
 
-
-def wholes(text):
-    if text == "none":
-        return ()
-    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
-        raise ArgumentTypeError(f"must be whole numbers like 1,2,2 or none, not {text}")
-    return tuple(map(int, text.split(",")))
-
-
-wholes.metavar = "N,N"
-
-# Name, the paper's value on CIFAR-10, kind, and meaning. A kind is a type, the choices, bool, or
-# the placeholder of a text.
+# Name, the paper's value on CIFAR-10, kind, and meaning.
 FLAGS = {
     "data": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
-        ("class_cond", False, bool, "learn the classes, a folder's subfolders"),
+        ("class_cond", False, SWITCH, "learn the classes, a folder's subfolders"),
         ("label_dropout", 0.0, share, "share of images shown without class, for guidance"),
-        ("flip", True, bool, "mirror images at random"),
+        ("flip", True, SWITCH, "mirror images at random"),
         ("low_res", None, within(1, 2048), "upsample images of N pixels a side"),
     ],
     "process": [
-        ("objective", "hybrid", ("simple", "hybrid", "vlb"), "loss"),
-        ("schedule", "cosine", tuple(SCHEDULES), "of the noise"),
+        ("objective", "hybrid", one_of("simple", "hybrid", "vlb"), "loss"),
+        ("schedule", "cosine", one_of(*SCHEDULES), "of the noise"),
         ("T", 4000, within(2, 10**5), "timesteps"),
-        ("variance", "learned", ("learned", "small", "large"), "of p"),
-        ("t_sampler", "uniform", tuple(T_SAMPLERS), "which t to train on"),
+        ("variance", "learned", one_of("learned", "small", "large"), "of p"),
+        ("t_sampler", "uniform", one_of(*T_SAMPLERS), "which t to train on"),
     ],
     "network": [
         ("channels", 128, within(1, 4096), "width at the full resolution"),
@@ -101,21 +97,21 @@ FLAGS = {
         ("seed", 0, within(0, 2**32 - 1), "of all randomness"),
     ],
     "the run (what may change when it is resumed)": [
-        ("data", "digits", "WHAT", "digits, cifar10, a folder of images or a file X.npz"),
-        ("out", None, "DIR", "the run's directory; runs/ and the name of the data if not given"),
+        ("data", "digits", text("WHAT"), "digits, cifar10, a folder of images, or X.npz"),
+        ("out", None, text("DIR"), "the run's directory; runs/ and the name of the data if not given"),
         ("steps", 500_000, whole, "updates in all"),
         ("accum", 1, whole, "parts in which a rank computes its share of the batch"),
-        ("init", None, "FILE", "checkpoint whose weights to start from"),
-        ("device", "auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
-        ("dtype", "auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products"),
-        ("compile", False, bool, "compile the network with torch.compile"),
+        ("init", None, text("FILE"), "checkpoint whose weights to start from"),
+        ("device", "auto", one_of("auto", "cpu", "cuda", "mps"), "where to compute"),
+        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "of matrix products"),
+        ("compile", False, SWITCH, "compile the network with torch.compile"),
         ("log_every", 100, whole, "updates between rows of log.csv"),
         ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0: none"),
         ("save_every", 1_000, whole, "updates between checkpoints"),
     ],
     "bits per dimension": [
-        ("eval_only", False, bool, "measure --ckpt on images of --data"),
-        ("ckpt", None, "FILE", "what to measure; the one in --out if not given"),
+        ("eval_only", False, SWITCH, "measure --ckpt on images of --data"),
+        ("ckpt", None, text("FILE"), "what to measure; the one in --out if not given"),
         ("eval_images", 10_000, whole, "at most"),
         ("eval_steps", None, whole, "steps of the process to measure; all if not given"),
         ("eval_calls", 10, within(5, 10**6), "calls for an image; T or more: every term"),
@@ -429,6 +425,7 @@ def load_data(config, network=None, held_out=False):
         return images, None, None
     if names is None:
         raise ValueError(f"--class-cond: {config.data} has no labels")
+    names = [printable(str(name)) for name in names]
     classes = number_classes(set(names), network, config.data)
     number = {name: k for k, name in enumerate(classes)}
     listed = some([f"{name} ({k})" for name, k in number.items()])
@@ -483,6 +480,8 @@ def draw_digits(n, size, seed):
 
 def load_cifar10(held_out):
     """The training or the test images of CIFAR-10, and the name of the class of each."""
+    from torchvision.datasets import CIFAR10  # here, as this import takes longer than torch's
+
     try:
         with one_rank_first(), contextlib.redirect_stdout(sys.stderr):
             data = CIFAR10("data", train=not held_out, download=True)
@@ -492,82 +491,83 @@ def load_cifar10(held_out):
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
 
-@lru_cache(1)
-def load_npz(path):
-    """The images of an .npz file (N, 3, S, S), and the name of the class of each, or None.
-
-    It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels (N,), and the names of
-    class 0, 1, … in class_names. sample.py writes such files.
-    """
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or no .npz file of arrays") from error
-    images = arrays.get("arr_0", arrays.get("images", np.zeros(0)))
-    labels = arrays.get("arr_1", arrays.get("labels"))
-    N, *shape = images.shape
-    if images.dtype != np.uint8 or N == 0 or len(shape) != 3 or shape != [shape[0], shape[0], 3]:
-        found = f"{images.dtype} {images.shape}"
-        raise ValueError(f"{path}: arr_0 must be images, uint8 (N, S, S, 3), but is {found}")
-    if labels is not None:
-        if labels.shape != (N,):
-            raise ValueError(f"{path}: there are {N} images, but labels of shape {labels.shape}")
-        named = dict(enumerate(arrays.get("class_names", ())))
-        labels = [printable(str(named.get(label, label))) for label in labels.tolist()]
-    return images.transpose(0, 3, 1, 2), labels
-
-
 def load_folder(root, size, config):
     """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes.
 
     They are decoded once, into data/cache, and again if a file was added, removed or changed. Files
     that cannot be read are tried again at each start.
     """
-    listing, left_out, others = list_images(root, config.out)
+    cache = "data/cache"
+    if not os.access(cache if os.path.isdir(cache) else ".", os.W_OK):
+        cache = os.path.join(tempfile.gettempdir(), f"improved-ddpm-{getpass.getuser()}")
+    listing, left_out, others = list_images(root, leave_out=[config.out, cache])
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
-    about = repr((os.path.realpath(root), size, listing))
-    key = f"{size}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-    cache = os.path.join(cache_folder(), f"{os.path.basename(os.path.abspath(root))[:40]}-{key}")
+    about = repr((os.path.realpath(root), size, listing)).encode()
+    name = f"{os.path.basename(os.path.abspath(root))[:40]}-{size}"
+    cache = os.path.join(cache, f"{name}-{hashlib.sha256(about).hexdigest()[:16]}")
     with one_rank_first():
         good = np.load(f"{cache}/paths.npy").tolist() if os.path.isdir(cache) else []
-        again = {path: read_image(root, size, path) for path in set(paths) - set(good) if good}
-        if not good or any(not isinstance(image, str) for image in again.values()):
-            good, again = decode(root, size, paths, cache)
-    bad = [f"{printable(path)} ({why})" for path, why in sorted((left_out | again).items())]
+        tried = {path: read_image(root, size, path) for path in set(paths) - set(good) if good}
+        broken = {path: image for path, image in tried.items() if isinstance(image, str)}
+        if not good or len(broken) < len(tried):
+            good, broken = decode(root, size, paths, cache)
+    bad = [f"{printable(path)} ({why})" for path, why in sorted((left_out | broken).items())]
     notes = f"; {len(bad)} left out: {some(bad, 5)}" if bad else ""
     if others:
         notes += f"; {others.total()} not looked at ({' '.join(sorted(others))})"
     if not good:
         raise ValueError(f"--data {root}: no readable image there{notes}")
     images = np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(good), 3, size, size))
-    return images, [printable(path.split(os.sep)[0]) for path in good], notes
+    return images, [path.split(os.sep)[0] for path in good], notes
 
 
-def list_images(root, out):
+def decode(root, size, paths, cache):
+    """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
+
+    It gets its name when it is complete; who decodes the same at the same time does so in vain.
+    """
+    good, broken, read = [], {}, partial(read_image, root, size)
+    os.makedirs(os.path.dirname(cache), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(cache), suffix=".tmp") as work:
+        folder = os.path.join(work, "images")
+        os.mkdir(folder)
+        with open(f"{folder}/images.u8", "wb") as file, ThreadPool() as pool:
+            bar = tqdm(pool.imap(read, paths), f"reading {root}", len(paths), disable=not TTY)
+            for path, image in zip(paths, bar):
+                if isinstance(image, str):
+                    broken[path] = image
+                else:
+                    file.write(image.tobytes())
+                    good.append(path)
+        np.save(f"{folder}/paths.npy", good)
+        shutil.rmtree(cache, ignore_errors=True)
+        os.rename(folder, cache)
+    return good, broken
+
+
+def list_images(root, leave_out):
     """What lies below root, links followed -> [(path, size, time)] of the images, {path: reason} of
     what was left out, and the number of files of each suffix that Pillow does not open.
 
-    Hidden names, the cache, `out` and other runs are not entered. Nor is a link that leads back to
-    a folder which contains it, or which its class has entered before.
+    Hidden names, the folders in leave_out and other runs are not entered. Nor is a link that leads
+    back to a folder which contains it, or to one which its class has entered before.
     """
-    here, inside_cache = os.path.realpath(root), os.path.realpath(cache_folder())
+    here, leave_out = os.path.realpath(root), [os.path.realpath(path) for path in leave_out]
     suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
     listing, left_out, others, entered = [], {}, Counter(), set()
 
     def enter(path):
         real = os.path.realpath(os.path.join(root, path))
-        place = (path.split(os.sep)[0], real)
+        place = (path.split(os.sep)[0], real)  # the class, and the folder itself
         leads_back = (here + os.sep).startswith(os.path.join(real, "")) or place in entered
-        entered.add(place)
-        if os.path.exists(os.path.join(real, "ckpt.pt")) and real != os.path.realpath(out):
-            left_out[path] = "a run"
+        if leads_back or real in leave_out:
             return False
-        return not leads_back and real not in (os.path.realpath(out), inside_cache)
+        entered.add(place)
+        if os.path.exists(os.path.join(real, "ckpt.pt")):
+            left_out[path] = "a run"
+        return path not in left_out
 
     def unreadable(error):
         left_out[os.path.relpath(error.filename, root)] = error.strerror
@@ -582,44 +582,12 @@ def list_images(root, out):
                 continue
             try:
                 about = os.stat(os.path.join(root, path))
-                if not stat.S_ISREG(about.st_mode):
-                    raise OSError(0, "not a file")
                 listing.append((path, about.st_size, about.st_mtime_ns))
+                if not stat.S_ISREG(about.st_mode):
+                    left_out[listing.pop()[0]] = "no file"
             except OSError as error:
                 left_out[path] = error.strerror
     return sorted(listing), left_out, others
-
-
-def cache_folder():
-    """data/cache, or where that cannot be written, a folder of the user's."""
-    home = os.path.expanduser("~/.cache/improved-ddpm")
-    for folder in ("data/cache", home, tempfile.gettempdir()):
-        with contextlib.suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    raise OSError("no folder for decoded images can be written: not even data/cache")
-
-
-def decode(root, size, paths, cache):
-    """Decode images into the folder `cache` -> the paths that were read, {path: why not} for others."""
-    good, broken, read = [], {}, partial(read_image, root, size)
-    work = tempfile.mkdtemp(dir=os.path.dirname(cache), suffix=".tmp")  # another run has its own
-    try:
-        with open(f"{work}/images.u8", "wb") as file, ThreadPool() as pool:
-            bar = tqdm(pool.imap(read, paths), f"reading {root}", len(paths), disable=not TTY)
-            for path, image in zip(paths, bar):
-                if isinstance(image, str):
-                    broken[path] = image
-                else:
-                    file.write(image.tobytes())
-                    good.append(path)
-        np.save(f"{work}/paths.npy", good)
-        shutil.rmtree(cache, ignore_errors=True)
-        os.rename(work, cache)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return good, broken
 
 
 Image.MAX_IMAGE_PIXELS = None  # large photographs, texts and colour profiles are no attack here
