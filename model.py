@@ -344,14 +344,18 @@ def run_script(main):
     except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         # What is wrong with the command is wrong on all ranks: one speaks. Later, each may.
         if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             where = f"rank {RANK}: " if RANK > 0 else ""
-            message = f"{os.path.basename(sys.argv[0])}: error: {where}{reason}"
+            message = f"{os.path.basename(sys.argv[0])}: error: {where}{first_line(error)}"
             tqdm.write(message, file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def first_line(error):
+    """What an error says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def say(message):
@@ -370,6 +374,11 @@ def report(line):
 def flag(name):
     """How a value is spelt on the command line."""
     return "--" + name.removesuffix("_resolutions").replace("_", "-")
+
+
+def spelt(value):
+    """A flag's value, as it is typed."""
+    return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else value
 
 
 def within(low, high, kind=int):
@@ -408,11 +417,8 @@ def make_parser(usage, flags, shown):
     for title, rows in flags.items():
         group = parser.add_argument_group(title)
         for name, _, kind, meaning in rows:
-            value = shown[name]
-            if isinstance(value, tuple):
-                value = ",".join(map(str, value)) or "none"
-            if value is not None and value is not False:
-                meaning += f" (default: {value})"
+            if shown[name] is not None and shown[name] is not False:
+                meaning += f" (default: {spelt(shown[name])})"
             group.add_argument(flag(name), dest=name, help=meaning, **kind)
     parser.add_argument("-h", "--help", action="store_true", help="print this")
     parser.error = refuse
@@ -520,23 +526,35 @@ def load_npz(path):
     """
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
+            first, second = ("images", "labels") if "images" in file else ("arr_0", "arr_1")
+            wanted = [name for name in (first, second, "class_names") if name in file]
+            arrays, others = {name: file[name] for name in wanted}, ", ".join(file.files)
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or no .npz file of arrays") from error
-    images = arrays.get("arr_0", arrays.get("images", np.zeros(0)))
-    labels = arrays.get("arr_1", arrays.get("labels"))
-    N, *shape = images.shape
-    if images.dtype != np.uint8 or N == 0 or len(shape) != 3 or shape != [shape[0], shape[0], 3]:
+        raise ValueError(f"{path} is damaged, or its labels or images are no arrays") from error
+    if first not in arrays:
+        raise ValueError(f"{path} has no arr_0 or images, but {others}")
+    images, labels, names = arrays[first], arrays.get(second), arrays.get("class_names")
+    square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
+    if images.dtype != np.uint8 or not square or not len(images):
         found = f"{images.dtype} {images.shape}"
-        raise ValueError(f"{path}: arr_0 must be images, uint8 (N, S, S, 3), but is {found}")
-    if labels is not None:
-        if labels.shape != (N,):
-            raise ValueError(f"{path}: there are {N} images, but labels of shape {labels.shape}")
-        named = dict(enumerate(map(str, arrays.get("class_names", ()))))
-        labels = [named.get(label, label) for label in labels.tolist()]
-    return images.transpose(0, 3, 1, 2), labels
+        raise ValueError(f"{path}: {first} must be images, uint8 (N, S, S, 3), but is {found}")
+    images = images.transpose(0, 3, 1, 2)
+    if labels is None:
+        return images, None
+    if labels.shape != (len(images),):
+        raise ValueError(f"{path}: {len(images)} images, but labels of shape {labels.shape}")
+    if labels.dtype.kind == "f" and (labels == labels.round()).all():
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "iuUS":
+        raise ValueError(f"{path}: labels must be whole numbers or names, not {labels.dtype}")
+    labels = np.char.decode(labels).tolist() if labels.dtype.kind == "S" else labels.tolist()
+    if names is None:
+        return images, labels
+    if names.ndim != 1 or not all(label in range(len(names)) for label in labels):
+        raise ValueError(f"{path}: class_names must have a name for each label")
+    return images, [str(names[label]) for label in labels]
 
 
 def to_pixels(x):

@@ -43,14 +43,14 @@ FLAGS = {
     "what to draw": [
         ("ckpt", None, text("FILE|DIR"), "the newest in runs/, else the one in assets/"),
         ("n", None, whole, "images; 64, or with --low-res one for each small image"),
-        ("class", None, text("NAME|K"), "of all images, by name or number; or in turn"),
+        ("class", None, text("NAME|K"), "of all images; each in turn if not given"),
         ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1: none"),
         ("low_res", None, text("PATH"), "an upsampler's small images: X.npz, a picture or a folder"),
         ("seed", 0, within(0, 2**32 - 1), "of the images"),
         ("out", "samples.png", text("PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
-        ("steps", None, whole, f"one call of the network each (default: {FEW_STEPS['steps']}, or T)"),
+        ("steps", None, whole, f"calls of the network (default: {FEW_STEPS['steps']})"),
         ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "of the steps: 1 even, 3 cubic"),
         ("method", FEW_STEPS_SAMPLER["method"], one_of("ancestral", "ddim"), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], one_of(1, 2), "2: extrapolate from the step before"),

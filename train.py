@@ -12,7 +12,6 @@ The same command again resumes the run from its last checkpoint, on any number o
 
 import contextlib
 import copy
-import getpass
 import hashlib
 import os
 import re
@@ -22,6 +21,7 @@ import stat
 import sys
 import tempfile
 import time
+import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from functools import lru_cache, partial
@@ -40,9 +40,10 @@ from tqdm import tqdm
 
 from diffusion import FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, randn
 from model import (
-    RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, UsageError, autocast, draw_grid, flag, join_ranks,
-    load_checkpoint, load_npz, make_parser, one_of, one_rank_first, pick_device, pick_dtype,
-    read_checkpoint, report, run_script, save_checkpoint, say, text, to_pixels, within, write,
+    RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, UsageError, autocast, draw_grid, first_line, flag,
+    join_ranks, load_checkpoint, load_npz, make_parser, one_of, one_rank_first, pick_device,
+    pick_dtype, read_checkpoint, report, run_script, save_checkpoint, say, spelt, text, to_pixels,
+    within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -96,9 +97,9 @@ FLAGS = {
         ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0: any"),
         ("seed", 0, within(0, 2**32 - 1), "of all randomness"),
     ],
-    "the run (what may change when it is resumed)": [
-        ("data", "digits", text("WHAT"), "digits, cifar10, a folder of images, or X.npz"),
-        ("out", None, text("DIR"), "the run's directory; runs/ and the name of the data if not given"),
+    "the run, which may change when it is resumed": [
+        ("data", "digits", text("WHAT"), "digits, cifar10, a folder or X.npz"),
+        ("out", None, text("DIR"), "the run's directory; if not given, runs/ and the name of the data"),
         ("steps", 500_000, whole, "updates in all"),
         ("accum", 1, whole, "parts in which a rank computes its share of the batch"),
         ("init", None, text("FILE"), "checkpoint whose weights to start from"),
@@ -357,7 +358,7 @@ def draw_samples(config, step, average, images, labels, device, dtype, part):
         path = os.path.join(config.out, "samples", f"{step:07}.png")
         write(path, partial(grid.save, format="png"))
     except (OSError, RuntimeError, MemoryError) as error:
-        say(f"no grid of samples at step {step}: {str(error).splitlines()[0]}")
+        say(f"no grid of samples at step {step}: {first_line(error)}")
 
 
 # ---- Data --------------------------------------------------------------------------------------
@@ -437,9 +438,8 @@ def load_data(config, network=None, held_out=False):
 
 def number_classes(found, network, data):
     """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
-    natural = {n: [int(p) if p.isdigit() else p for p in re.split("([0-9]+)", n)] for n in found}
     if network is None:
-        return tuple(sorted(found, key=lambda name: (natural[name], name)))
+        return tuple(sorted(found, key=natural))
     if network.class_names is None:  # OpenAI's files and our older ones: by place, in plain order
         if len(found) != network.num_classes:
             ours = network.num_classes or "no"
@@ -451,13 +451,19 @@ def number_classes(found, network, data):
     return network.class_names
 
 
+def natural(name):
+    """A key for sorting by the numbers in names: text and numbers take turns."""
+    parts = enumerate(re.split("([0-9]+)", name))
+    return [int(part) if k % 2 else part for k, part in parts], name
+
+
 def some(names, most=10):
     return ", ".join(names[:most]) + f", … ({len(names) - most} more)" * (len(names) > most)
 
 
 def printable(name):
-    """A file's name as text that any file can hold: bytes that are no UTF-8 become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A file's name in one line that any file can hold: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def draw_digits(n, size, seed):
@@ -497,17 +503,22 @@ def load_folder(root, size, config):
     They are decoded once, into data/cache, and again if a file was added, removed or changed. Files
     that cannot be read are tried again at each start.
     """
-    cache = "data/cache"
-    if not os.access(cache if os.path.isdir(cache) else ".", os.W_OK):
-        cache = os.path.join(tempfile.gettempdir(), f"improved-ddpm-{getpass.getuser()}")
-    listing, left_out, others = list_images(root, leave_out=[config.out, cache])
+    mine = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else ''}"
+    for cache in ("data/cache", os.path.join(tempfile.gettempdir(), mine)):
+        with contextlib.suppress(OSError):
+            os.makedirs(cache, exist_ok=True)
+            if os.access(cache, os.W_OK):
+                break
+    leave_out = [cache, "data/cache", config.out, os.path.join(config.out, "samples")]
+    listing, left_out, others = list_images(root, leave_out)
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
     about = repr((os.path.realpath(root), size, listing)).encode()
     name = f"{os.path.basename(os.path.abspath(root))[:40]}-{size}"
     cache = os.path.join(cache, f"{name}-{hashlib.sha256(about).hexdigest()[:16]}")
-    with one_rank_first():
+    with one_rank_first(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
         good = np.load(f"{cache}/paths.npy").tolist() if os.path.isdir(cache) else []
         tried = {path: read_image(root, size, path) for path in set(paths) - set(good) if good}
         broken = {path: image for path, image in tried.items() if isinstance(image, str)}
@@ -516,11 +527,16 @@ def load_folder(root, size, config):
     bad = [f"{printable(path)} ({why})" for path, why in sorted((left_out | broken).items())]
     notes = f"; {len(bad)} left out: {some(bad, 5)}" if bad else ""
     if others:
-        notes += f"; {others.total()} not looked at ({' '.join(sorted(others))})"
+        notes += f"; {others.total()} not looked at ({some(sorted(others), 5)})"
+    names = [path.split(os.sep)[0] for path in good]
+    if config.class_cond and os.access(root, os.R_OK):
+        folders = {f.name for f in os.scandir(root) if f.is_dir() and f.name[0] != "."}
+        if empty := sorted(folders - set(names) - set(left_out)):
+            notes += f"; no images in {some([printable(name) for name in empty])}"
     if not good:
         raise ValueError(f"--data {root}: no readable image there{notes}")
     images = np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(good), 3, size, size))
-    return images, [path.split(os.sep)[0] for path in good], notes
+    return images, names, notes
 
 
 def decode(root, size, paths, cache):
@@ -556,6 +572,7 @@ def list_images(root, leave_out):
     """
     here, leave_out = os.path.realpath(root), [os.path.realpath(path) for path in leave_out]
     suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
+    suffixes.add(".mpo")  # which Pillow opens as a JPEG
     listing, left_out, others, entered = [], {}, Counter(), set()
 
     def enter(path):
@@ -608,7 +625,9 @@ def read_image(root, size, path):
                 if (turn := image.getexif().get(0x0112, 1)) in range(2, 9):
                     image = image.transpose(Image.Transpose[TURNS.split()[turn - 2]])
             if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+                grey, key = np.asarray(image), image.info.get("transparency")
+                grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
+                image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -700,11 +719,11 @@ def configure(argv):
     data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
     out = given.get("out", os.path.join("runs", data))
     ckpt, run, state, fixed = os.path.join(out, "ckpt.pt"), {}, {}, ()
-    known = given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)
+    known, network = (given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)), None
     if given.get("eval_only"):
         ckpt = given.get("ckpt", ckpt)
         state, process = load_checkpoint(ckpt, *known)
-        run, fixed, whose = flags_of(state, process) | {"ckpt": ckpt}, SHAPE, ckpt
+        run, fixed, whose, network = flags_of(state, process), SHAPE, ckpt, state.config
     elif os.path.exists(ckpt):
         state = read_checkpoint(ckpt)
         if not isinstance(state.get("config"), dict):
@@ -714,13 +733,15 @@ def configure(argv):
     elif "init" in given:
         model, process = load_checkpoint(given["init"], *known)
         run, fixed, whose = flags_of(model, process), SHAPE, "the network of --init"
-        weights = model.state_dict()
-        state = dict(unet=vars(model.config), model=weights, ema=weights)
+        weights, network = model.state_dict(), model.config
+        state = dict(unet=vars(network), model=weights, ema=weights)
     for name in sorted(given.keys() & set(fixed)):
         if given[name] != run[name]:
-            wrong = f"{flag(name)} {given[name]}: {whose} has {run[name]}"
+            wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(run[name])}"
             raise UsageError(f"{wrong}; leave it out, or take another --out")
-    config = Namespace(**preset | run | given | {"out": out})
+    config = Namespace(**preset | run | given | {"out": out, "ckpt": ckpt})
+    if network and config.variance == "learned" and network.out_channels == network.in_channels:
+        raise UsageError(f"--variance learned: {whose} predicts no variance")
     check(config, given)
     return config, state
 
@@ -754,6 +775,8 @@ def check(config, given):
         raise UsageError(f"{flag(min(unused))} is for --eval-only")
     if config.eval_steps and config.eval_steps > config.T:
         raise UsageError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
+    if config.data == "cifar10" and config.image_size != 32:
+        raise UsageError(f"--image-size {config.image_size}: cifar10 has 32 pixels a side")
     if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
         raise UsageError("--objective hybrid needs --variance learned: its second term trains it")
     if config.batch < WORLD * config.accum and not config.eval_only:
