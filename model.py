@@ -341,7 +341,10 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace")  # no result is lost to an ASCII terminal
     try:
         main()
-    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
+            raise  # a fault of the program, which its traceback tells
         # What is wrong with the command is wrong on all ranks: one speaks. Later, each may.
         if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
             where = f"rank {RANK}: " if RANK > 0 else ""

@@ -2821,7 +2821,8 @@ def test_a_grid_of_a_long_process_takes_25_steps(with_arrays):
 def test_an_upsamplers_grid_shows_small_drawn_true(with_arrays):
     flags = "--steps 3 --sample-every 3 --low-res 4 --lr 0.01 --batch 5 --out run".split()
     assert script("train.py", *SMALL, *flags) == 0
-    small, found, true = cells_of_file("run/samples/0000003.png", 12, 8).view(16, 3, 3, 8, 8).unbind(1)
+    tiles = cells_of_file("run/samples/0000003.png", 12, 8).view(16, 3, 3, 8, 8)
+    small, found, true = tiles.unbind(1)
     with np.load("x.npz") as file:
         rows = np.arange(16) % 10
         images = torch.from_numpy(file["arr_0"].transpose(0, 3, 1, 2)[rows].copy())
@@ -3422,7 +3423,7 @@ def test_a_run_never_trains_on_what_runs_have_drawn(out, place, capsys):
     for steps in (1, 2, 3):
         assert train_here(*flags, steps) == 0
         line = re.search(r"(\d+) images(.*)", capsys.readouterr().err)
-        assert line[1] == "2" and "old (a run)" in line[2]
+        assert line[1] == "2" and "old (a run)" in line[2] and line[2].count("(a run)") == 1
     assert len(os.listdir(f"{out}/samples")) == 3
 
 
@@ -3490,7 +3491,7 @@ def test_files_and_folders_that_may_not_be_read_are_named(nobody, capsys):
     os.chmod("p", 0o755)
 
 
-@pytest.mark.parametrize("case", ["folder", "data", "no name"])
+@pytest.mark.parametrize("case", ["folder", "data", "cache", "no name"])
 def test_where_data_cache_cannot_be_written_images_are_read_all_the_same(case, nobody, monkeypatch):
     monkeypatch.setenv("TMPDIR", f"{nobody}/tmp")
     monkeypatch.setenv("HOME", f"{nobody}/tmp")
@@ -3499,6 +3500,9 @@ def test_where_data_cache_cannot_be_written_images_are_read_all_the_same(case, n
     if case == "data":  # the folder can be written, but data/ leads to one that cannot
         os.chmod("shared", 0o555)
         os.symlink("shared", "data")
+    elif case == "cache":  # made by someone else
+        os.makedirs("data/cache")
+        os.chmod("data/cache", 0o555)
     else:
         os.chmod(".", 0o555)
     if case == "no name":  # as in a container with a number for a user
@@ -3993,6 +3997,18 @@ def test_init_takes_shape_and_process_from_the_file(run, capsys):
     assert "--channels 16" in errors(capsys)[0]
     _, process = load_checkpoint("new")
     assert process["T"] == 4 and process["schedule"] == "cosine"
+
+
+def test_weights_without_a_run_are_not_resumed(run, capsys):
+    state = read_checkpoint("run/ckpt.pt")
+    keep = {name: state[name] for name in ("unet", "diffusion", "ema")}
+    save_checkpoint("run/ckpt.pt", keep)
+    before = open("run/ckpt.pt", "rb").read()
+    assert train_here(*RESUME, "p") == 1
+    (line,) = errors(capsys)
+    assert "run/ckpt.pt" in line and "--out" in line
+    assert open("run/ckpt.pt", "rb").read() == before
+    assert train_here(*EVAL, "p") == 0  # but they can be measured
 
 
 def test_a_folder_may_have_the_name_of_a_data_set(place, capsys):

@@ -663,8 +663,11 @@ def evaluate(config, model, device, dtype):
     path, t = os.path.join(run, "terms.csv"), draws.nonzero().flatten()
     rows = [f"{i},{L:.6g},{d:.0f}" for i, L, d in zip(t.tolist(), L_t[t], draws[t])]
     text = "\n".join(["t,bits_per_dim,draws", *rows, ""])
-    write(path, lambda file: file.write(text.encode()))
-    say(f"wrote {path}")
+    try:
+        write(path, lambda file: file.write(text.encode()))
+        say(f"wrote {path}")
+    except OSError as error:  # beside a checkpoint that others own, say
+        say(str(error))
 
 
 def measure(config, model, diffusion, images, labels, rows, dtype):
@@ -738,7 +741,8 @@ def configure(argv):
     for name in sorted(given.keys() & set(fixed)):
         if given[name] != run[name]:
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(run[name])}"
-            raise UsageError(f"{wrong}; leave it out, or take another --out")
+            another = "" if network else ", or take another --out"
+            raise UsageError(f"{wrong}; leave it out{another}")
     config = Namespace(**preset | run | given | {"out": out, "ckpt": ckpt})
     if network and config.variance == "learned" and network.out_channels == network.in_channels:
         raise UsageError(f"--variance learned: {whose} predicts no variance")
