@@ -457,7 +457,7 @@ def pick_dtype(name, device):
     """The torch.dtype of matrix products for auto, fp32, bf16 or fp16.
 
     "auto" is bfloat16 where the device computes with it natively, else float16 on GPUs, else
-    float32. Not on MPS, where neither has been tried.
+    float32. On MPS it is float32, since neither has been tried there.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
     if dtype is None:
@@ -469,7 +469,7 @@ def pick_dtype(name, device):
             known = torch.cpu.get_capabilities()
             if known.get("avx512_bf16") or known.get("amx_bf16"):
                 dtype = torch.bfloat16
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # TF32 has but 10 bits
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # TF32 has a precision of 10 bits
     return dtype
 
 
@@ -505,7 +505,7 @@ def keep_freed_memory():
 
 
 def write(path, save):
-    """save(file) and then give the file its name, so that no half of it ever has it. Or OSError."""
+    """Have save(file) write a file, which gets its name once it is complete. Raises OSError."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             save(file)

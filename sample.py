@@ -1,9 +1,9 @@
 """Draw images from a checkpoint.
 
     python sample.py --n 64                        a grid, from the newest run or the one in assets/
-    python sample.py --class 7 --guidance 2        class 7 alone, more of its kind
+    python sample.py --class 7 --guidance 2        class 7 alone, with guidance
     python sample.py --order 1 --steps 250         the paper's sampler; --method ddim for DDIM
-    python sample.py --n 16 --out denoising.gif    the way there
+    python sample.py --n 16 --out denoising.gif    from noise to image, as a film
     python sample.py --low-res small.npz           an upsampler's large images of small ones
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out DIR    or X.npz; DIR is resumed
 
@@ -43,22 +43,22 @@ FLAGS = {
     "what to draw": [
         ("ckpt", None, text("FILE|DIR"), "the newest in runs/, else the one in assets/"),
         ("n", None, whole, "images; 64, or with --low-res one for each small image"),
-        ("class", None, text("NAME|K"), "of all images; each in turn if not given"),
-        ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1: none"),
-        ("low_res", None, text("PATH"), "an upsampler's small images: X.npz, a picture or a folder"),
-        ("seed", 0, within(0, 2**32 - 1), "of the images"),
+        ("class", None, text("NAME|K"), "of all images; in turn if not given"),
+        ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none"),
+        ("low_res", None, text("PATH"), "small images for an upsampler: X.npz, picture, folder"),
+        ("seed", 0, within(0, 2**32 - 1), "the seed of the images"),
         ("out", "samples.png", text("PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
-        ("steps", None, whole, f"calls of the network (default: {FEW_STEPS['steps']})"),
-        ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "of the steps: 1 even, 3 cubic"),
+        ("steps", None, whole, f"network calls (default: {FEW_STEPS['steps']})"),
+        ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "1 is even, 3 closer near t = 0"),
         ("method", FEW_STEPS_SAMPLER["method"], one_of("ancestral", "ddim"), "sampler"),
-        ("order", FEW_STEPS_SAMPLER["order"], one_of(1, 2), "2: extrapolate from the step before"),
-        ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1: as much as ancestral"),
-        ("variance", None, one_of("learned", "small", "large"), "of p; the checkpoint's"),
+        ("order", FEW_STEPS_SAMPLER["order"], one_of(1, 2), "2 extrapolates from the step before"),
+        ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
+        ("variance", None, one_of("learned", "small", "large"), "variance of p; the checkpoint's"),
         ("batch", 64, whole, "images at a time, on each rank"),
         ("device", "auto", one_of("auto", "cpu", "cuda", "mps"), "where to compute"),
-        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "of matrix products"),
+        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "precision of matrix products"),
     ],
     "what a plain state dict does not say": [
         ("T", None, within(2, 10**5), "timesteps it was trained on; the checkpoint's"),
@@ -189,11 +189,11 @@ def choose_inputs(args, config):
 
 
 def class_number(name, config, where):
-    """The number of the network's class of this name (a str), or else of this number."""
-    names = config.class_names or [str(k) for k in range(config.num_classes)]
+    """The number of the network's class of this name, or else of this number."""
+    names, name = config.class_names or [str(k) for k in range(config.num_classes)], str(name)
     if name in names:
         return names.index(name)
-    if str(name).isdecimal() and int(name) < config.num_classes:
+    if name.isdecimal() and int(name) < config.num_classes:
         return int(name)
     known = ", ".join(names[:10]) + ", …" * (len(names) > 10)
     raise UsageError(f"{where} {name}: the network has no such class, but {known}")

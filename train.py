@@ -70,15 +70,15 @@ FLAGS = {
     "data": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
         ("class_cond", False, SWITCH, "learn the classes, a folder's subfolders"),
-        ("label_dropout", 0.0, share, "share of images shown without class, for guidance"),
+        ("label_dropout", 0.0, share, "share of the images shown without their class"),
         ("flip", True, SWITCH, "mirror images at random"),
-        ("low_res", None, within(1, 2048), "upsample images of N pixels a side"),
+        ("low_res", None, within(1, 2048), "train an upsampler of images of N pixels a side"),
     ],
     "process": [
-        ("objective", "hybrid", one_of("simple", "hybrid", "vlb"), "loss"),
-        ("schedule", "cosine", one_of(*SCHEDULES), "of the noise"),
-        ("T", 4000, within(2, 10**5), "timesteps"),
-        ("variance", "learned", one_of("learned", "small", "large"), "of p"),
+        ("objective", "hybrid", one_of("simple", "hybrid", "vlb"), "the loss"),
+        ("schedule", "cosine", one_of(*SCHEDULES), "the noise schedule"),
+        ("T", 4000, within(2, 10**5), "the number of timesteps"),
+        ("variance", "learned", one_of("learned", "small", "large"), "the variance of p"),
         ("t_sampler", "uniform", one_of(*T_SAMPLERS), "which t to train on"),
     ],
     "network": [
@@ -87,36 +87,36 @@ FLAGS = {
         ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
         ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
-        ("dropout", 0.3, within(0, 0.99, float), "probability"),
+        ("dropout", 0.3, within(0, 0.99, float), "the probability of dropout"),
     ],
     "training": [
         ("batch", 128, whole, "images in an update, of all ranks together"),
         ("lr", 1e-4, share, "AdamW's learning rate"),
         ("warmup", 0, within(0, 10**9), "updates until the learning rate is reached"),
         ("ema", 0.9999, share, "decay of the averaged weights"),
-        ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0: any"),
-        ("seed", 0, within(0, 2**32 - 1), "of all randomness"),
+        ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0 does not clip"),
+        ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
     ],
     "the run, which may change when it is resumed": [
         ("data", "digits", text("WHAT"), "digits, cifar10, a folder or X.npz"),
-        ("out", None, text("DIR"), "the run's directory; if not given, runs/ and the name of the data"),
+        ("out", None, text("DIR"), "the run's directory; runs/ and the data's name if not given"),
         ("steps", 500_000, whole, "updates in all"),
         ("accum", 1, whole, "parts in which a rank computes its share of the batch"),
         ("init", None, text("FILE"), "checkpoint whose weights to start from"),
         ("device", "auto", one_of("auto", "cpu", "cuda", "mps"), "where to compute"),
-        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "of matrix products"),
+        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "precision of matrix products"),
         ("compile", False, SWITCH, "compile the network with torch.compile"),
         ("log_every", 100, whole, "updates between rows of log.csv"),
-        ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0: none"),
+        ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0 for none"),
         ("save_every", 1_000, whole, "updates between checkpoints"),
     ],
     "bits per dimension": [
         ("eval_only", False, SWITCH, "measure --ckpt on images of --data"),
         ("ckpt", None, text("FILE"), "what to measure; the one in --out if not given"),
-        ("eval_images", 10_000, whole, "at most"),
+        ("eval_images", 10_000, whole, "the most images to measure"),
         ("eval_steps", None, whole, "steps of the process to measure; all if not given"),
-        ("eval_calls", 10, within(5, 10**6), "calls for an image; T or more: every term"),
-        ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 even, 3 closer near t = 0"),
+        ("eval_calls", 10, within(5, 10**6), "network calls for an image; T for every term"),
+        ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 is even, 3 closer near t = 0"),
     ],
 }  # fmt: skip
 PAPER = {name: value for rows in FLAGS.values() for name, value, *_ in rows}
@@ -155,7 +155,8 @@ def train(config, state, device, dtype):
     torch.manual_seed(config.seed)
     model = UNet(network).to(device)
 
-    # The process, and what trains the network. All that has a state goes into the checkpoint.
+    # The process, and what trains the network. All that has a state goes into the checkpoint. The
+    # scaler also skips updates that are not finite, without a wait for the device.
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process).to(device)
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
@@ -167,6 +168,8 @@ def train(config, state, device, dtype):
     start, log = state.get("step", 0), Log(config, state, device)
     stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler, row=log)
     stateful |= {"scaler": scaler} if fp16 else {}
+    if start:
+        say(f"resuming {config.out} after update {start}")
     for name in stateful.keys() & state.keys():
         stateful[name].load_state_dict(state.pop(name))
     about = dict(config=vars(config), unet=vars(network), diffusion=process)
@@ -209,14 +212,16 @@ def train(config, state, device, dtype):
         last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
         if last or done % config.log_every == 0:
             log.write_row(done, lr, diffusion.prior(x0).mean())
-        if RANK == 0 and (last or stopping or done % config.save_every == 0):
-            parts = {name: part.state_dict() for name, part in stateful.items()}
-            save_checkpoint(ckpt, about | parts | dict(step=done, seconds=log.seconds()))
+        if last or stopping or done % config.save_every == 0:
+            states = {name: each.state_dict() for name, each in stateful.items()}
+            if RANK == 0:
+                save_checkpoint(ckpt, about | states | dict(step=done, seconds=log.seconds()))
         draws = config.sample_every and (last or done % config.sample_every == 0)
         if RANK == 0 and draws and not stopping:
-            part = -(-len(x0) // config.accum)
-            draw_samples(config, done, average, images, labels, device, dtype, part)
+            at_once = max(1, len(x0) // config.accum)
+            draw_samples(config, done, average, images, labels, device, dtype, at_once)
         if stopping:
+            gather(stop)  # the other ranks wait until rank 0 has saved
             raise SystemExit(128 + stopping)
     report(ckpt)
 
@@ -281,7 +286,8 @@ class Log:
         return "".join([self.COLUMNS, *(r for r in whole_rows if int(r.split(",")[0]) <= step)])
 
     def state_dict(self):
-        return {"sums": self.sums, "in_a_row": self.in_a_row}
+        """The same on all ranks, which all must call."""
+        return {"sums": gather(self.sums[None]).mean(0), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
@@ -314,7 +320,7 @@ class Log:
 
 
 def catch_signals():
-    """-> a tensor that becomes the number of the signal to stop for; the next signal kills."""
+    """-> a tensor that becomes the number of the first signal to stop; the second stops at once."""
     stop, first = torch.zeros(1, dtype=torch.int64), []
 
     def handle(number, frame):
@@ -323,7 +329,7 @@ def catch_signals():
         if not first:
             first.append(time.monotonic())
             stop.fill_(number)
-            say("stopping after this update (once more: at once)")
+            say("stopping after this update; send the signal again to stop at once")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup ignores it
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
@@ -331,18 +337,19 @@ def catch_signals():
     return stop
 
 
-def draw_samples(config, step, average, images, labels, device, dtype, part):
-    """Write a grid of samples, drawn `part` at a time; if that fails, a line, and the run goes on.
+def draw_samples(config, step, average, images, labels, device, dtype, at_once):
+    """Write a grid of samples, at_once of which are drawn at a time.
 
-    For an upsampler, each sample stands between its small image and the true one.
+    For an upsampler, each sample stands between its small image and the true one. A grid never ends
+    a run: if it fails, a line says so.
     """
     few = FEW_STEPS | {"steps": min(config.T, FEW_STEPS["steps"])}
     process = {name: getattr(config, name) for name in PROCESS} | few
     n, classes, tiles = 16 if config.low_res else 64, average.config.num_classes, []
     try:
         diffusion = Diffusion(**process).to(device)
-        for start in range(0, n, part):
-            rows = np.arange(start, min(n, start + part))
+        for start in range(0, n, at_once):
+            rows = np.arange(start, min(n, start + at_once))
             x0, y = to_device(images, labels, rows % len(images), device)
             if classes and not config.low_res:
                 y = torch.from_numpy(rows).to(device) % classes
@@ -542,7 +549,8 @@ def load_folder(root, size, config):
 def decode(root, size, paths, cache):
     """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
 
-    It gets its name when it is complete; who decodes the same at the same time does so in vain.
+    The folder gets its name once it is complete. A run that decodes the same folder meanwhile makes
+    its own copy, and the last one stays.
     """
     good, broken, read = [], {}, partial(read_image, root, size)
     os.makedirs(os.path.dirname(cache), exist_ok=True)
@@ -567,8 +575,8 @@ def list_images(root, leave_out):
     """What lies below root, links followed -> [(path, size, time)] of the images, {path: reason} of
     what was left out, and the number of files of each suffix that Pillow does not open.
 
-    Hidden names, the folders in leave_out and other runs are not entered. Nor is a link that leads
-    back to a folder which contains it, or to one which its class has entered before.
+    Hidden names, the folders in leave_out and other runs are not entered. Nor are links that lead
+    back to a folder which contains them, nor any folder of a class for a second time.
     """
     here, leave_out = os.path.realpath(root), [os.path.realpath(path) for path in leave_out]
     suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -601,13 +609,13 @@ def list_images(root, leave_out):
                 about = os.stat(os.path.join(root, path))
                 listing.append((path, about.st_size, about.st_mtime_ns))
                 if not stat.S_ISREG(about.st_mode):
-                    left_out[listing.pop()[0]] = "no file"
+                    left_out[listing.pop()[0]] = "not a regular file"
             except OSError as error:
                 left_out[path] = error.strerror
     return sorted(listing), left_out, others
 
 
-Image.MAX_IMAGE_PIXELS = None  # large photographs, texts and colour profiles are no attack here
+Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large images are wanted
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 # EXIF's orientations 2 to 8.
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
@@ -653,9 +661,9 @@ def evaluate(config, model, device, dtype):
     total, difference, prior = measured["bounds"].unbind(1)
     L_t, draws = measured["sums"] / measured["draws"], measured["draws"]
     exact = "every term computed" if config.eval_calls >= diffusion.num_steps else (
-        f"± {difference.norm() / n:.4f} by the choice of t and noise")
-    of_images = f"± {total.std() / n**0.5:.4f} with that of images" if n > 1 else (
-        "one image does not tell the error of its choice")
+        f"± {difference.norm() / n:.4f} (timesteps and noise)")
+    of_images = f"± {total.std() / n**0.5:.4f} (with the choice of images)" if n > 1 else (
+        "one image does not tell the error of the choice of images")
     report(f"bits/dim {total.mean():.4f} on {n} images, {exact}, {of_images}")
     kls = (total - prior).mean() - L_t[0]
     report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
@@ -732,7 +740,10 @@ def configure(argv):
         if not isinstance(state.get("config"), dict):
             raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
         run, fixed = OLDER | state["config"], PAPER.keys() - RUN - MEASURE
-        whose = f"the run in {out}"
+        whose, before = f"the run in {out}", run["data"]
+        if "out" not in given and given.get("data", before) != before and os.path.exists(before):
+            wrong = f"--data {given['data']}: the run in {out} is one on {before}"
+            raise UsageError(f"{wrong}; give --out {out} to resume it, or another --out")
     elif "init" in given:
         model, process = load_checkpoint(given["init"], *known)
         run, fixed, whose = flags_of(model, process), SHAPE, "the network of --init"
@@ -774,7 +785,7 @@ def flags_of(model, process):
 
 
 def check(config, given):
-    """Refuse what cannot be before any data are read."""
+    """Refuse flags that contradict each other, before any data are read."""
     if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
         raise UsageError(f"{flag(min(unused))} is for --eval-only")
     if config.eval_steps and config.eval_steps > config.T:
