@@ -60,7 +60,8 @@ class UNetConfig:
         if unknown := set(self.attention_resolutions) - set(sizes):
             raise ValueError(f"no --attention at resolution {unknown.pop()}: there are {sizes}")
         if self.low_res and (self.image_size % self.low_res or self.low_res == self.image_size):
-            raise ValueError(f"--low-res {self.low_res} must divide --image-size {self.image_size}")
+            what = f"--image-size {self.image_size} and be smaller"
+            raise ValueError(f"--low-res {self.low_res} must divide {what}")
 
 
 class UNet(nn.Module):
@@ -381,16 +382,20 @@ def flag(name):
 
 def spelt(value):
     """A flag's value, as it is typed."""
-    return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else value
 
 
 def within(low, high, kind=int):
     """What argparse must know of a flag that is a number between these limits."""
 
     def number(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        what = "a whole number, " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"must be {what}{low} … {high}, not {text}")
 
     return dict(type=number, metavar="N" if kind is int else "X")
 
@@ -506,18 +511,19 @@ def keep_freed_memory():
 
 def write(path, save):
     """Have save(file) write a file, which gets its name once it is complete. Raises OSError."""
+    target = os.path.realpath(path)  # a link stays a link
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with open(f"{target}.tmp", "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+        os.replace(f"{target}.tmp", target)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a failed write
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{path}.tmp")
+            os.remove(f"{target}.tmp")
 
 
 def load_npz(path):
@@ -558,6 +564,33 @@ def load_npz(path):
     if names.ndim != 1 or not all(label in range(len(names)) for label in labels):
         raise ValueError(f"{path}: class_names must have a name for each label")
     return images, [str(names[label]) for label in labels]
+
+
+class UnknownRange(ValueError):
+    """Nobody can tell which numbers of a picture are black and which are white."""
+
+
+# EXIF's orientations 2 to 8.
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+
+
+def as_rgb(image):
+    """A Pillow image of any kind in RGB, upright, on white. Raises UnknownRange, or as Pillow does."""
+    image.load()
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise UnknownRange("32 bits a pixel, whose range is not known")
+    key = image.info.get("transparency")
+    with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
+        if (turn := image.getexif().get(0x0112, 1)) in range(2, 9):
+            image = image.transpose(Image.Transpose[TURNS.split()[turn - 2]])
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        grey = np.asarray(image)
+        grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
+        image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_pixels(x):

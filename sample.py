@@ -33,9 +33,9 @@ from diffusion import (
     FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, guided, randn,
 )  # fmt: skip
 from model import (
-    RANK, TTY, WORLD, UsageError, autocast, draw_grid, flag, join_ranks, load_checkpoint, load_npz,
-    make_parser, one_of, pick_device, pick_dtype, report, run_script, say, text, to_pixels, within,
-    write,
+    RANK, TTY, WORLD, UsageError, as_rgb, autocast, draw_grid, flag, join_ranks, load_checkpoint,
+    load_npz, make_parser, one_of, pick_device, pick_dtype, report, run_script, say, text,
+    to_pixels, within, write,
 )  # fmt: skip
 
 whole = within(1, 10**8)
@@ -80,7 +80,7 @@ def main():
     process |= {"variance": args.variance or process["variance"], "spacing": args.spacing}
     process |= {"steps": args.steps or min(FEW_STEPS["steps"], process["T"])}
     process |= {"min_alpha_bar": FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0}
-    diffusion, about = Diffusion(**process), describe(args, model, process, labels)
+    diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
     check_out(args)
     device = pick_device(args.device)
     join_ranks(device, timedelta(days=9))  # drawing needs no exchange, and ranks may be days apart
@@ -144,7 +144,8 @@ def parse(argv):
     args = Namespace(**preset | given)
     if "" in given.values():
         raise UsageError(f"{flag(next(k for k in given if given[k] == ''))} must not be empty")
-    args.kind = FORMATS.get(os.path.splitext(args.out)[1].lower())
+    folder = os.path.isdir(args.out) and not args.out.lower().endswith(tuple(FORMATS)[:-1])
+    args.kind = "folder" if folder else FORMATS.get(os.path.splitext(args.out)[1].lower())
     if args.kind is None or (args.kind != "folder" and os.path.isdir(args.out)):
         raise UsageError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
     if args.eta and args.method != "ddim":
@@ -156,7 +157,7 @@ def parse(argv):
 
 def newest_checkpoint():
     """The file of the newest run under runs/, else the one in assets/."""
-    found = sorted(glob.glob("runs/*/ckpt.pt"), key=os.path.getmtime)
+    found = sorted(filter(os.path.exists, glob.glob("runs/*/ckpt.pt")), key=os.path.getmtime)
     assets = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.pt")
     return found[-1] if found else os.path.relpath(assets)
 
@@ -202,7 +203,7 @@ def class_number(name, config, where):
 def load_small(path, size):
     """Small images (N, 3, size, size) in [-1, 1] of an .npz file, a picture or a folder of
     pictures, and the names of their classes, which only the first can tell, or None."""
-    if path.endswith(".npz"):
+    if path.lower().endswith(".npz"):
         images, names = load_npz(path)
     else:
         files = [path]
@@ -222,7 +223,7 @@ def read_picture(path):
     """A picture as uint8 (3, H, W)."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            return np.asarray(as_rgb(image)).transpose(2, 0, 1)
     except Exception as error:  # Pillow has one for every way in which a file can be broken
         raise ValueError(f"--low-res {path}: no picture that can be read") from error
 
@@ -230,7 +231,7 @@ def read_picture(path):
 # ---- Where it goes -----------------------------------------------------------------------------
 
 
-def describe(args, model, process, labels):
+def describe(args, model, process, labels, small):
     """A function of i: what a PNG says of the image that it holds, {key: text}."""
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     settings = {name: vars(args)[name] for name in ("seed", "method", "order", "eta", "guidance")}
@@ -242,6 +243,8 @@ def describe(args, model, process, labels):
         if i is not None and labels is not None:
             label = {"label": int(labels[i])}
             label |= {"class": names[labels[i]]} if names else {}
+        if i is not None and small is not None:
+            label |= {"low_res": f"{zlib.crc32(small[i].contiguous().numpy()):08x}"}
         return {key: str(value) for key, value in (settings | label).items()}
 
     return about

@@ -3443,7 +3443,7 @@ def test_strange_names_are_names(place, capsys):
         lines = capsys.readouterr().err.splitlines()
         (at,) = [k for k, line in enumerate(lines) if line.startswith("40 images in 10 classes: ")]
         assert "10 left out: " in lines[at] and "10 not looked at" in lines[at]
-        assert lines[at + 1].startswith("step ")  # nothing between: all this is one line
+        assert lines[at + 1].startswith(("step ", "resuming "))  # so all this is one line
     unet = read_checkpoint("runs/p/ckpt.pt")["unet"]
     assert len(set(unet["class_names"])) == 10
     assert {"[a-z]*", "😀", "%s", "=(0)"} < set(unet["class_names"])
@@ -3997,6 +3997,43 @@ def test_init_takes_shape_and_process_from_the_file(run, capsys):
     assert "--channels 16" in errors(capsys)[0]
     _, process = load_checkpoint("new")
     assert process["T"] == 4 and process["schedule"] == "cosine"
+
+
+@pytest.mark.parametrize("damage", ["cut", "images", "paths", "both"])
+def test_a_damaged_cache_is_decoded_anew(damage, place):
+    picture("p/red.png")
+    picture("p/lime.png", "lime")
+    assert load("p") == (["lime", "red"], None)
+    (folder,) = [f.path for f in os.scandir("data/cache")]
+    if damage == "cut":
+        os.truncate(f"{folder}/images.u8", 100)
+    for name in {"images": ["images.u8"], "paths": ["paths.npy"]}.get(damage, []):
+        os.remove(f"{folder}/{name}")
+    if damage == "both":
+        shutil.rmtree(folder)
+        os.mkdir(folder)
+    assert load("p") == (["lime", "red"], None)
+
+
+def test_a_run_is_measured_on_its_own_data_unless_others_are_given(place, capsys):
+    np.savez("x.npz", arr_0=X)
+    assert train_here(*TINY, "--data", "x.npz", "--out", "run") == 0
+    assert train_here("--eval-only", "--ckpt", "run", "--eval-calls", 5, "--device", "cpu") == 0
+    assert " on 6 images" in capsys.readouterr().out
+    assert train_here("--eval-only", "--ckpt", "run", "--init", "run/ckpt.pt") == 2
+    assert "--init" in errors(capsys)[-1]
+
+
+def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
+    picture("cats/train/a.png")
+    picture("dogs/train/b.png", "lime")
+    assert train_here(*TINY, "--data", "cats/train") == 0
+    assert train_here(*TINY, "--data", "dogs/train") == 2
+    assert "--data dogs/train/: the run in runs/train is one on cats/train/" in errors(capsys)[-1]
+    os.rename("cats/train", "moved")  # but data that moved are the same data
+    os.makedirs("elsewhere")
+    os.rename("moved", "elsewhere/train")
+    assert train_here(*TINY[:-6], "--data", "elsewhere/train", "--steps", 2) == 0
 
 
 def test_weights_without_a_run_are_not_resumed(run, capsys):
@@ -5046,6 +5083,28 @@ def test_the_classes_of_small_arrays_are_matched_by_name(here, monkeypatch, caps
     flags = ["--ckpt", "up.pt", "--low-res", "small.npz", "--steps", 1, "--device", "cpu"]
     sample(*flags, "--out", "x.npz")
     assert np.load("x.npz")["arr_1"].tolist() == [2, 0, 0]
+
+
+def test_a_folder_of_enlarged_images_is_that_of_its_small_images(here, capsys):
+    checkpoint("up.pt", low_res=4)
+    flags = ["--ckpt", "up.pt", "--low-res", "small.npz", "--steps", 1, "--out", "images"]
+    np.savez("small.npz", arr_0=small_images(3))
+    sample(*flags)
+    sample(*flags)  # nothing is left to draw
+    np.savez("small.npz", arr_0=small_images(3)[::-1])
+    assert script("sample.py", *flags, "--device", "cpu") == 1
+    assert "was drawn with another low_res" in capsys.readouterr().err
+
+
+def test_a_small_picture_of_16_bits_is_that_of_8_bits(here):
+    checkpoint("up.pt", low_res=4)
+    grey = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
+    Image.fromarray(grey).save("8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save("16.png")
+    for name in ("8", "16"):
+        flags = ["--ckpt", "up.pt", "--low-res", f"{name}.png", "--steps", 1]
+        sample(*flags, "--out", f"{name}.npz")
+    assert (np.load("8.npz")["arr_0"] == np.load("16.npz")["arr_0"]).all()
 
 
 def write_small_inputs():

@@ -28,7 +28,8 @@ from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # for log_ndtr
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, not of these imports either
+for number in (signal.SIGINT, signal.SIGTERM):  # no traceback, not of these imports either
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 import numpy as np
 import torch
@@ -40,10 +41,10 @@ from tqdm import tqdm
 
 from diffusion import FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, randn
 from model import (
-    RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, UsageError, autocast, draw_grid, first_line, flag,
-    join_ranks, load_checkpoint, load_npz, make_parser, one_of, one_rank_first, pick_device,
-    pick_dtype, read_checkpoint, report, run_script, save_checkpoint, say, spelt, text, to_pixels,
-    within, write,
+    RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, UnknownRange, UsageError, as_rgb, autocast,
+    draw_grid, first_line, flag, join_ranks, load_checkpoint, load_npz, make_parser, one_of,
+    one_rank_first, pick_device, pick_dtype, read_checkpoint, report, run_script, save_checkpoint,
+    say, spelt, text, to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -212,11 +213,11 @@ def train(config, state, device, dtype):
         last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
         if last or done % config.log_every == 0:
             log.write_row(done, lr, diffusion.prior(x0).mean())
-        if last or stopping or done % config.save_every == 0:
+        draws = config.sample_every and (last or done % config.sample_every == 0)
+        if last or stopping or draws or done % config.save_every == 0:
             states = {name: each.state_dict() for name, each in stateful.items()}
             if RANK == 0:
                 save_checkpoint(ckpt, about | states | dict(step=done, seconds=log.seconds()))
-        draws = config.sample_every and (last or done % config.sample_every == 0)
         if RANK == 0 and draws and not stopping:
             at_once = max(1, len(x0) // config.accum)
             draw_samples(config, done, average, images, labels, device, dtype, at_once)
@@ -419,7 +420,7 @@ def load_data(config, network=None, held_out=False):
         images, names = draw_digits(20_000, size, config.seed + 2**32 * held_out)
     elif config.data == "cifar10":
         images, names = load_cifar10(held_out)
-    elif config.data.endswith(".npz"):
+    elif config.data.lower().endswith(".npz"):
         images, names = load_npz(config.data)
     elif os.path.isdir(config.data):
         images, names, notes = load_folder(config.data, size, config)
@@ -526,7 +527,7 @@ def load_folder(root, size, config):
     cache = os.path.join(cache, f"{name}-{hashlib.sha256(about).hexdigest()[:16]}")
     with one_rank_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
-        good = np.load(f"{cache}/paths.npy").tolist() if os.path.isdir(cache) else []
+        good = decoded(cache, size)
         tried = {path: read_image(root, size, path) for path in set(paths) - set(good) if good}
         broken = {path: image for path, image in tried.items() if isinstance(image, str)}
         if not good or len(broken) < len(tried):
@@ -544,6 +545,15 @@ def load_folder(root, size, config):
         raise ValueError(f"--data {root}: no readable image there{notes}")
     images = np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(good), 3, size, size))
     return images, names, notes
+
+
+def decoded(cache, size):
+    """The paths of the images that a folder of the cache holds; none if it is not complete."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        paths = np.load(f"{cache}/paths.npy").tolist()
+        if os.path.getsize(f"{cache}/images.u8") == len(paths) * 3 * size * size:
+            return paths
+    return []
 
 
 def decode(root, size, paths, cache):
@@ -617,8 +627,6 @@ def list_images(root, leave_out):
 
 Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large images are wanted
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-# EXIF's orientations 2 to 8.
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 
 
 def read_image(root, size, path):
@@ -626,21 +634,10 @@ def read_image(root, size, path):
     try:
         with Image.open(os.path.join(root, path)) as image:
             image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
-            image.load()
-            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-                return "32 bits a pixel, whose range is not known"
-            with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
-                if (turn := image.getexif().get(0x0112, 1)) in range(2, 9):
-                    image = image.transpose(Image.Transpose[TURNS.split()[turn - 2]])
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                grey, key = np.asarray(image), image.info.get("transparency")
-                grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
-                image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(as_rgb(image), (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
+    except UnknownRange as error:
+        return str(error)
     except Exception as error:  # Pillow has one for every way in which a file can be broken
         return getattr(error, "strerror", None) or "broken"
 
@@ -735,6 +732,7 @@ def configure(argv):
         ckpt = given.get("ckpt", ckpt)
         state, process = load_checkpoint(ckpt, *known)
         run, fixed, whose, network = flags_of(state, process), SHAPE, ckpt, state.config
+        run["data"] = read_checkpoint(ckpt).get("config", {}).get("data", "digits")
     elif os.path.exists(ckpt):
         state = read_checkpoint(ckpt)
         if not isinstance(state.get("config"), dict):
@@ -768,7 +766,7 @@ def preset_of(given):
         return DIGITS
     if data == "cifar10":
         return {}
-    if data.endswith(".npz"):
+    if data.lower().endswith(".npz"):
         size = load_npz(data)[0].shape[-1]
     else:
         given["data"] = os.path.join(os.path.normpath(data), "")  # cifar10/ is a folder
@@ -788,6 +786,8 @@ def check(config, given):
     """Refuse flags that contradict each other, before any data are read."""
     if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
         raise UsageError(f"{flag(min(unused))} is for --eval-only")
+    if config.eval_only and "init" in given:
+        raise UsageError("--init is for training: --ckpt says what to measure")
     if config.eval_steps and config.eval_steps > config.T:
         raise UsageError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
     if config.data == "cifar10" and config.image_size != 32:
