@@ -575,7 +575,7 @@ TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVE
 
 
 def as_rgb(image):
-    """A Pillow image of any kind in RGB, upright, on white. Raises UnknownRange and Pillow's errors."""
+    """Any Pillow image in RGB, upright, on white. Raises UnknownRange and Pillow's errors."""
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise UnknownRange("32 bits a pixel, whose range is not known")
