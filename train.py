@@ -434,14 +434,15 @@ def load_data(config, network=None, held_out=False):
         return images, None, None
     if names is None:
         raise ValueError(f"--class-cond: {config.data} has no labels")
-    names = [printable(str(name)) for name in names]
-    classes = number_classes(set(names), network, config.data)
+    shown = {name: printable(str(name)) for name in set(names)}
+    present = set(shown.values())
+    classes = number_classes(present, network, config.data)
     number = {name: k for k, name in enumerate(classes)}
     listed = some([f"{name} ({k})" for name, k in number.items()])
-    found += f" in {len(set(names))} classes: {listed}"
-    absent = [name for name in classes if name not in set(names)]
+    found += f" in {len(present)} classes: {listed}"
+    absent = [name for name in classes if name not in present]
     say(found + (f"; none of {some(absent)}" if absent else "") + notes)
-    return images, np.array([number[name] for name in names]), classes
+    return images, np.array([number[shown[name]] for name in names]), classes
 
 
 def number_classes(found, network, data):
