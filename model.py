@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -325,18 +326,15 @@ def from_openai(state, schedule, T, time_scale, num_heads):
     return dict(unet=unet, ema=state, diffusion=process)
 
 
-# ---- What the two scripts share: ranks, devices, messages, flags, files, pictures ---------------
+# ---- What the two scripts share: ranks, messages, flags, devices, files, pictures ----------------
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 TTY = sys.stderr is not None and sys.stderr.isatty()
 
 
-class UsageError(ValueError):
-    """A flag is wrong, or contradicts another."""
-
-
 def run_script(main):
-    """Run main() as a command: an error is one line on stderr, its status 2 for a wrong flag."""
+    """Run main() as a command: an error is one line on stderr, its status 2 for wrong input."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # no result is lost to an ASCII terminal
@@ -347,11 +345,11 @@ def run_script(main):
         if isinstance(error, RuntimeError) and not memory:
             raise  # a fault of the program, which its traceback tells
         # What is wrong with the command is wrong on all ranks: one speaks. Later, each may.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
+        if LOCAL_RANK == 0 or dist.is_initialized():
             where = f"rank {RANK}: " if RANK > 0 else ""
             message = f"{os.path.basename(sys.argv[0])}: error: {where}{first_line(error)}"
             tqdm.write(message, file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -375,16 +373,45 @@ def report(line):
             print(line, flush=True)
 
 
-def flag(name):
-    """How a value is spelt on the command line."""
-    return "--" + name.removesuffix("_resolutions").replace("_", "-")
+def parse_flags(usage, flags, argv, preset_of):
+    """What was typed, {name: value}, and the values of all flags before it.
+
+    flags      the table {title: [(name, default, kind, meaning), …]}; for a kind, see within
+    preset_of  a function from what was typed to the values that replace defaults
+
+    Prints the help and exits if asked to. Raises ValueError.
+    """
+    parser = argparse.ArgumentParser(
+        usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 100),
+    )  # fmt: skip
+    parser.error, shown = refuse, {}
+    for title, rows in flags.items():
+        group = parser.add_argument_group(title)
+        for name, _, kind, meaning in rows:
+            shown[name] = group.add_argument(flag(name), dest=name, help=meaning, **kind)
+    parser.add_argument("-h", "--help", action="store_true", help="print this")
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":
+            raise ValueError(f"{flag(name)} must not be empty")
+    preset = {row[0]: row[1] for rows in flags.values() for row in rows} | preset_of(given)
+    if "help" in given:
+        for name, value in preset.items():
+            if value is not None and value is not False:
+                shown[name].help += f" (default: {spelt(value)})"
+        parser.print_help()
+        raise SystemExit
+    return given, preset
 
 
-def spelt(value):
-    """A flag's value, as it is typed."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else value
+def refuse(message):
+    raise ValueError(message)
+
+
+SWITCH = dict(action=argparse.BooleanOptionalAction)
+DEVICES = dict(choices=("auto", "cpu", "cuda", "mps"))
+DTYPES = dict(choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def within(low, high, kind=int):
@@ -400,41 +427,16 @@ def within(low, high, kind=int):
     return dict(type=number, metavar="N" if kind is int else "X")
 
 
-def one_of(*choices):
-    """What argparse must know of a flag with these choices."""
-    return dict(choices=choices, type=type(choices[0]))
+def flag(name):
+    """How a value's name is spelt on the command line."""
+    return "--" + name.removesuffix("_resolutions").replace("_", "-")
 
 
-def text(metavar):
-    """What argparse must know of a flag that is a text."""
-    return dict(metavar=metavar)
-
-
-SWITCH = dict(action=argparse.BooleanOptionalAction)
-
-
-def make_parser(usage, flags, shown):
-    """An argparse parser for a table of flags {title: [(name, default, kind, meaning), …]}.
-
-    It sets only what was typed. Its --help shows the values of `shown` as the defaults.
-    """
-    parser = argparse.ArgumentParser(
-        usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 100),
-    )  # fmt: skip
-    for title, rows in flags.items():
-        group = parser.add_argument_group(title)
-        for name, _, kind, meaning in rows:
-            if shown[name] is not None and shown[name] is not False:
-                meaning += f" (default: {spelt(shown[name])})"
-            group.add_argument(flag(name), dest=name, help=meaning, **kind)
-    parser.add_argument("-h", "--help", action="store_true", help="print this")
-    parser.error = refuse
-    return parser
-
-
-def refuse(message):
-    raise UsageError(message)
+def spelt(value):
+    """How a value is spelt on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else value
 
 
 def pick_device(name):
@@ -445,60 +447,56 @@ def pick_device(name):
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(n for n in found if found[n]) if name == "auto" else name
     if not found[name]:
-        raise UsageError(f"--device {name}: there is none here")
+        raise ValueError(f"--device {name}: there is none here")
     if name == "cpu":
         keep_freed_memory()
     if name != "cuda":
         return torch.device(name)
     if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise UsageError("more ranks than GPUs: give torchrun a smaller --nproc-per-node")
+        raise ValueError("more ranks than GPUs: give torchrun a smaller --nproc-per-node")
     torch.backends.cudnn.benchmark = True
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device(name, LOCAL_RANK)
 
 
 def pick_dtype(name, device):
     """The torch.dtype of matrix products for auto, fp32, bf16 or fp16.
 
-    "auto" is bfloat16 where the device computes with it natively, else float16 on GPUs, else
-    float32. On MPS it is float32, since neither has been tried there.
+    "auto" is bfloat16 where the device computes with it natively, else float16 on CUDA, else
+    float32.
     """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-    if dtype is None:
-        dtype = torch.float32
+    if name == "auto":
+        name = "fp32"
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = torch.bfloat16 if native else torch.float16
+            name = "bf16" if native else "fp16"
         elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch > 2.6
             known = torch.cpu.get_capabilities()
-            if known.get("avx512_bf16") or known.get("amx_bf16"):
-                dtype = torch.bfloat16
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # TF32 has a precision of 10 bits
-    return dtype
-
-
-def join_ranks(device, timeout=timedelta(hours=12)):
-    """Join the ranks of torchrun. One may draw a grid or decode images alone: the others wait."""
-    if WORLD > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
-
-
-@contextlib.contextmanager
-def one_rank_first():
-    """A context that the first rank of each machine goes through before the others do."""
-    others = os.environ.get("LOCAL_RANK", "0") != "0"
-    if others:
-        gather(torch.zeros(1))
-    yield
-    if not others:
-        gather(torch.zeros(1))
+            name = "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
+    torch.backends.cudnn.allow_tf32 = name != "fp32"  # TF32 has a precision of 10 bits
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def autocast(device, dtype):
     """A context in which the network computes matrix products in dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def join_ranks(device):
+    """Join the ranks of torchrun. One may draw a grid or decode images alone: the others wait."""
+    if WORLD > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+
+
+@contextlib.contextmanager
+def one_rank_first():
+    """A context that the first rank of each machine goes through before the others do."""
+    if LOCAL_RANK > 0:
+        gather(torch.zeros(1))
+    yield
+    if LOCAL_RANK == 0:
+        gather(torch.zeros(1))
 
 
 def keep_freed_memory():
@@ -529,60 +527,61 @@ def write(path, save):
 def load_npz(path):
     """The uint8 images of an .npz file (N, 3, S, S), and the class of each, or None.
 
-    It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels (N,), and the names of
-    class 0, 1, … in class_names, which then stand for the labels. sample.py writes such files.
-    Raises OSError, or ValueError if the file is damaged or holds something else.
+    It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels, whole numbers or
+    names (N,), and class_names, of which the labels are then the indices. sample.py writes such
+    files. Raises OSError, or ValueError if the file is damaged or holds something else.
     """
     try:
         with np.load(path) as file:
-            first, second = ("images", "labels") if "images" in file else ("arr_0", "arr_1")
-            wanted = [name for name in (first, second, "class_names") if name in file]
-            arrays, others = {name: file[name] for name in wanted}, ", ".join(file.files)
+            wanted = {"images", "arr_0", "labels", "arr_1", "class_names"} & set(file.files)
+            arrays, found = {name: file[name] for name in wanted}, ", ".join(file.files)
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or its labels or images are no arrays") from error
-    if first not in arrays:
-        raise ValueError(f"{path} has no arr_0 or images, but {others}")
-    images, labels, names = arrays[first], arrays.get(second), arrays.get("class_names")
+        raise ValueError(f"{path} is damaged, or its images or labels are no arrays") from error
+    images, names = arrays.get("images", arrays.get("arr_0")), arrays.get("class_names")
+    labels = arrays.get("labels", arrays.get("arr_1"))
+    if images is None:
+        raise ValueError(f"{path} has no arr_0 or images, but {found}")
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
     if images.dtype != np.uint8 or not square or not len(images):
         found = f"{images.dtype} {images.shape}"
-        raise ValueError(f"{path}: {first} must be images, uint8 (N, S, S, 3), but is {found}")
-    images = images.transpose(0, 3, 1, 2)
-    if labels is None:
-        return images, None
-    if labels.shape != (len(images),):
-        raise ValueError(f"{path}: {len(images)} images, but labels of shape {labels.shape}")
-    if labels.dtype.kind == "f" and (labels == labels.round()).all():
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "iuUS":
-        raise ValueError(f"{path}: labels must be whole numbers or names, not {labels.dtype}")
-    labels = np.char.decode(labels).tolist() if labels.dtype.kind == "S" else labels.tolist()
-    if names is None:
-        return images, labels
-    if names.ndim != 1 or not all(label in range(len(names)) for label in labels):
-        raise ValueError(f"{path}: class_names must have a name for each label")
-    return images, [str(names[label]) for label in labels]
+        raise ValueError(f"{path}: arr_0 (or images) must be uint8 (N, S, S, 3), not {found}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU"):
+        found = f"{labels.dtype} {labels.shape}"
+        raise ValueError(f"{path}: labels must be N whole numbers or names, not {found}")
+    if labels is not None and names is not None:
+        if names.ndim != 1 or not np.isin(labels, np.arange(len(names))).all():
+            raise ValueError(f"{path}: class_names must have a name for each label")
+        labels = names[labels]
+    return images.transpose(0, 3, 1, 2), None if labels is None else labels.tolist()
 
 
-class UnknownRange(ValueError):
-    """Nobody can tell which numbers of a picture are black and which are white."""
+Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large images are wanted
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
-# EXIF's orientations 2 to 8.
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+def read_picture(path, size=None):
+    """A picture file in RGB, upright, on white. Raises ValueError, which says why there is none.
+
+    size  a large JPEG is decoded at a fraction of its size, at least twice this many pixels a side
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", size and (2 * size, 2 * size))
+            return as_rgb(image)
+    except Exception as error:  # Pillow has one for every way in which a file can be broken
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'broken'}") from error
 
 
 def as_rgb(image):
-    """Any Pillow image in RGB, upright, on white. Raises UnknownRange and Pillow's errors."""
+    """Any Pillow image in RGB, upright, on white. Raises OSError and Pillow's other errors."""
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise UnknownRange("32 bits a pixel, whose range is not known")
+        raise OSError(errno.EINVAL, "32 bits a pixel, whose range is not known")
     key = image.info.get("transparency")
     with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
-        if (turn := image.getexif().get(0x0112, 1)) in range(2, 9):
-            image = image.transpose(Image.Transpose[TURNS.split()[turn - 2]])
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel
         grey = np.asarray(image)
         grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
@@ -599,13 +598,15 @@ def to_pixels(x):
 
 
 def draw_grid(pixels, columns=None):
-    """uint8 (N, C, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen.
+    """uint8 (N, 3, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen.
 
     By hand: to import torchvision for its make_grid takes as long as to draw 64 digits.
     """
-    N, C, H, W = pixels.shape
+    N, _, H, W = pixels.shape
     columns, zoom = columns or math.ceil(N**0.5), max(1, 64 // W)
-    cells = F.pad(pixels, (0, 1, 0, 1, 0, 0, 0, -N % columns))  # a black line between two images
-    cells = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H+1, columns, W+1, C)
-    grid = cells.flatten(2, 3).flatten(0, 1)[:-1, :-1].numpy()
-    return Image.fromarray(grid.repeat(zoom, 0).repeat(zoom, 1))
+    width, height = columns * (W + 1) - 1, math.ceil(N / columns) * (H + 1) - 1
+    grid = Image.new("RGB", (width, height))  # black, as are the lines between the images
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        place = (i % columns * (W + 1), i // columns * (H + 1))
+        grid.paste(Image.fromarray(image), place)
+    return grid.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)

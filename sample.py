@@ -17,7 +17,6 @@ import signal
 import sys
 import zlib
 from argparse import Namespace
-from datetime import timedelta
 from functools import partial
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, not of these imports either
@@ -33,36 +32,37 @@ from diffusion import (
     FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, guided, randn,
 )  # fmt: skip
 from model import (
-    RANK, TTY, WORLD, UsageError, as_rgb, autocast, draw_grid, flag, join_ranks, load_checkpoint,
-    load_npz, make_parser, one_of, pick_device, pick_dtype, report, run_script, say, text,
+    DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, join_ranks, load_checkpoint,
+    load_npz, parse_flags, pick_device, pick_dtype, read_picture, report, run_script, say,
     to_pixels, within, write,
 )  # fmt: skip
 
-whole = within(1, 10**8)
+whole, METHODS = within(1, 10**8), dict(choices=("ancestral", "ddim"))
+ORDERS, VARIANCES = dict(choices=(1, 2), type=int), dict(choices=("learned", "small", "large"))
 FLAGS = {
     "what to draw": [
-        ("ckpt", None, text("FILE|DIR"), "the newest in runs/, else the one in assets/"),
+        ("ckpt", None, dict(metavar="FILE|DIR"), "the newest in runs/, else the one in assets/"),
         ("n", None, whole, "images; 64, or with --low-res one for each small image"),
-        ("class", None, text("NAME|K"), "of all images; in turn if not given"),
+        ("class", None, dict(metavar="NAME|K"), "of all images; in turn if not given"),
         ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none"),
-        ("low_res", None, text("PATH"), "small images for an upsampler: X.npz, picture, folder"),
+        ("low_res", None, dict(metavar="PATH"), "an upsampler's small images: X.npz, picture, folder"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of the images"),
-        ("out", "samples.png", text("PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
+        ("out", "samples.png", dict(metavar="PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
         ("steps", None, whole, f"network calls (default: {FEW_STEPS['steps']})"),
         ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "1 is even, 3 closer near t = 0"),
-        ("method", FEW_STEPS_SAMPLER["method"], one_of("ancestral", "ddim"), "sampler"),
-        ("order", FEW_STEPS_SAMPLER["order"], one_of(1, 2), "2 extrapolates from the step before"),
+        ("method", FEW_STEPS_SAMPLER["method"], METHODS, "sampler"),
+        ("order", FEW_STEPS_SAMPLER["order"], ORDERS, "2 extrapolates from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
-        ("variance", None, one_of("learned", "small", "large"), "variance of p; the checkpoint's"),
+        ("variance", None, VARIANCES, "variance of p; the checkpoint's"),
         ("batch", 64, whole, "images at a time, on each rank"),
-        ("device", "auto", one_of("auto", "cpu", "cuda", "mps"), "where to compute"),
-        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "precision of matrix products"),
+        ("device", "auto", DEVICES, "where to compute"),
+        ("dtype", "auto", DTYPES, "precision of matrix products"),
     ],
     "what a plain state dict does not say": [
         ("T", None, within(2, 10**5), "timesteps it was trained on; the checkpoint's"),
-        ("schedule", None, one_of(*SCHEDULES), "noise schedule; the checkpoint's"),
+        ("schedule", None, dict(choices=SCHEDULES), "noise schedule; the checkpoint's"),
         ("time_scale", None, within(0, 1e6, float), "of t for the network; the checkpoint's"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
     ],
@@ -76,28 +76,27 @@ def main():
     model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
     small, labels = choose_inputs(args, model.config)
     if (args.steps or 1) > process["T"]:
-        raise UsageError(f"--steps {args.steps}: the process has T = {process['T']}")
-    process |= {"variance": args.variance or process["variance"], "spacing": args.spacing}
-    process |= {"steps": args.steps or min(FEW_STEPS["steps"], process["T"])}
-    process |= {"min_alpha_bar": FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0}
+        raise ValueError(f"--steps {args.steps}: the process has T = {process['T']}")
+    process["steps"] = args.steps or min(FEW_STEPS["steps"], process["T"])
+    process["spacing"], process["variance"] = args.spacing, args.variance or process["variance"]
+    process["min_alpha_bar"] = FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
     check_out(args)
     device = pick_device(args.device)
-    join_ranks(device, timedelta(days=9))  # drawing needs no exchange, and ranks may be days apart
+    join_ranks(device)
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws the images of its own; a folder is resumed where it was left.
-    mine = range(RANK, args.n, WORLD)
+    mine = list(range(RANK, args.n, WORLD))
+    last = diffusion.num_steps - 1
+    shown = {round(i) for i in np.linspace(last, 0, 40)} if args.kind == "film" else {0}
     if args.kind == "folder":
-        mine = [i for i in mine if not is_done(png_path(args, i), about(i))]
-    shown = {0}  # the steps after which an image is kept
-    if args.kind == "film":
-        shown = {round(i) for i in np.linspace(diffusion.num_steps - 1, 0, 40)}
+        paths = {i: os.path.join(args.out, f"{i:06}.png") for i in mine}
+        mine = [i for i in mine if not is_done(paths[i], about(i))]
     drawn = draw(args, model.to(device), diffusion.to(device), small, labels, mine, shown)
     if args.kind == "folder":
         for i, frames in drawn:
-            picture = Image.fromarray(frames[-1].permute(1, 2, 0).numpy())
-            save_png(png_path(args, i), picture, about(i))
+            save_png(paths[i], Image.fromarray(frames[-1].permute(1, 2, 0).numpy()), about(i))
     else:
         size = model.config.image_size
         pixels = torch.zeros(args.n, len(shown), 3, size, size, dtype=torch.uint8)
@@ -111,14 +110,14 @@ def main():
 
 
 def draw(args, model, diffusion, small, labels, indices, shown):
-    """Yield (i, frames) for each index: uint8 (F, C, H, W), one frame for each step in `shown`."""
+    """Yield (i, frames) for each index: uint8 (F, 3, H, W), a frame for each step in `shown`."""
     device, size = diffusion.alphas_bar.device, model.config.image_size
     net = guided(model, args.guidance) if args.guidance != 1 else model
     bar = tqdm(total=len(indices), unit=" images", disable=not TTY or RANK > 0)
     for start in range(0, len(indices), args.batch):
-        part = list(indices[start : start + args.batch])
+        part = indices[start : start + args.batch]
         generators = [generator(args.seed, i, device) for i in part]
-        noise = randn((model.config.in_channels, size, size), generators)
+        noise = randn((3, size, size), generators)
         y = None if labels is None else labels[part].to(device)
         net_part = net if small is None else partial(net, low_res=small[part].to(device))
         walk = diffusion.trajectory(
@@ -135,23 +134,13 @@ def draw(args, model, diffusion, small, labels, indices, shown):
 
 def parse(argv):
     """The flags, as a Namespace; `kind` is what --out asks for."""
-    preset = {name: value for rows in FLAGS.values() for name, value, *_ in rows}
-    parser = make_parser("[torchrun] sample.py [flags]", FLAGS, preset)
-    given = vars(parser.parse_args(argv))
-    if "help" in given:
-        parser.print_help()
-        raise SystemExit
+    given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, argv, lambda given: {})
     args = Namespace(**preset | given)
-    if "" in given.values():
-        raise UsageError(f"{flag(next(k for k in given if given[k] == ''))} must not be empty")
-    folder = os.path.isdir(args.out) and not args.out.lower().endswith(tuple(FORMATS)[:-1])
-    args.kind = "folder" if folder else FORMATS.get(os.path.splitext(args.out)[1].lower())
-    if args.kind is None or (args.kind != "folder" and os.path.isdir(args.out)):
-        raise UsageError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
+    args.kind = FORMATS.get(os.path.splitext(args.out)[1].lower(), "folder")
+    if args.kind == "folder" and "." in os.path.basename(args.out) and not os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
     if args.eta and args.method != "ddim":
-        raise UsageError("--eta is for --method ddim")
-    if (args.n or 0) > 4096 and args.kind in ("grid", "film"):
-        raise UsageError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
+        raise ValueError("--eta is for --method ddim")
     return args
 
 
@@ -167,7 +156,7 @@ def choose_inputs(args, config):
     small = names = None
     if (args.low_res is None) != (config.low_res is None):
         what = "needs --low-res" if config.low_res else "is no upsampler: leave out --low-res"
-        raise UsageError(f"the network {what}")
+        raise ValueError(f"the network {what}")
     if args.low_res is not None:
         small, names = load_small(args.low_res, config.low_res)
         args.n = args.n or len(small)
@@ -175,16 +164,16 @@ def choose_inputs(args, config):
     args.n, name = args.n or 64, vars(args)["class"]
     if not config.num_classes:
         if name is not None or args.guidance != 1:
-            raise UsageError("--class and --guidance are for networks that know classes")
+            raise ValueError("--class and --guidance are for networks that know classes")
         return small, None
     if args.guidance != 1 and not config.label_dropout:
-        raise UsageError("--guidance: the network was trained without --label-dropout")
+        raise ValueError("--guidance: the network was trained without --label-dropout")
     if name is not None:
         return small, torch.full((args.n,), class_number(name, config, "--class"))
     if small is None:
         return small, torch.arange(args.n) % config.num_classes
     if names is None:
-        raise UsageError(f"--class: {args.low_res} does not tell the class of its images")
+        raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
     labels = torch.tensor([class_number(name, config, args.low_res) for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
 
@@ -197,7 +186,7 @@ def class_number(name, config, where):
     if name.isdecimal() and int(name) < config.num_classes:
         return int(name)
     known = ", ".join(names[:10]) + ", …" * (len(names) > 10)
-    raise UsageError(f"{where} {name}: the network has no such class, but {known}")
+    raise ValueError(f"{where} {name}: the network has no such class, but {known}")
 
 
 def load_small(path, size):
@@ -209,23 +198,12 @@ def load_small(path, size):
         files = [path]
         if os.path.isdir(path):
             files = [os.path.join(path, f) for f in sorted(os.listdir(path)) if f[0] != "."]
-        images, names = [read_picture(file) for file in files], None
-    if not len(images):
-        raise ValueError(f"--low-res {path}: no images there")
-    for image in images:
-        if image.shape != (3, size, size):
-            found = f"{image.shape[2]} × {image.shape[1]}"
-            raise ValueError(f"--low-res {path}: images must be {size} × {size}, not {found}")
+        images, names = [np.asarray(read_picture(f)).transpose(2, 0, 1) for f in files], None
+    wrong = [image.shape for image in images if image.shape != (3, size, size)]
+    if wrong or not len(images):
+        found = f"{wrong[0][2]} × {wrong[0][1]}" if wrong else "none"
+        raise ValueError(f"--low-res {path}: images must be {size} × {size}; found {found}")
     return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, names
-
-
-def read_picture(path):
-    """A picture as uint8 (3, H, W)."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(as_rgb(image)).transpose(2, 0, 1)
-    except Exception as error:  # Pillow has one for every way in which a file can be broken
-        raise ValueError(f"--low-res {path}: no picture that can be read") from error
 
 
 # ---- Where it goes -----------------------------------------------------------------------------
@@ -252,16 +230,14 @@ def describe(args, model, process, labels, small):
 
 def check_out(args):
     """Make the folder of --out; refuse what could not be written, before anything is drawn."""
+    if args.n > 4096 and args.kind in ("grid", "film"):
+        raise ValueError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
     if args.kind == "arrays" and os.path.exists(args.out):
         raise ValueError(f"--out {args.out} exists: remove it, or take another name")
     folder = args.out if args.kind == "folder" else os.path.dirname(os.path.abspath(args.out))
     os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK) or (args.kind != "folder" and os.path.isdir(args.out)):
         raise OSError(f"--out {args.out}: cannot write there")
-
-
-def png_path(args, i):
-    return os.path.join(args.out, f"{i:06}.png")
 
 
 def is_done(path, about):

@@ -51,7 +51,7 @@ from diffusion import (
     normal_kl, randn as draw_noise,
 )  # fmt: skip
 from model import (
-    Attention, GroupNorm, ResBlock, UNet, UNetConfig, UsageError, attend, draw_grid,
+    Attention, GroupNorm, ResBlock, UNet, UNetConfig, attend, draw_grid,
     keep_freed_memory, load_checkpoint, pick_device, pick_dtype, read_checkpoint, run_script,
     save_checkpoint, timestep_embedding, to_pixels,
 )  # fmt: skip
@@ -1448,7 +1448,7 @@ def test_auto_takes_the_best_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(model_file, "LOCAL_RANK", 1)
     for cuda, mps, best in ((1, 1, "cuda:1"), (1, 0, "cuda:1"), (0, 1, "mps"), (0, 0, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
@@ -1456,16 +1456,16 @@ def test_auto_takes_the_best_device(monkeypatch):
         assert str(pick_device("cpu")) == "cpu"
         for name, there in (("cuda", cuda), ("mps", mps)):
             if not there:
-                with pytest.raises(UsageError, match=f"--device {name}"):
+                with pytest.raises(ValueError, match=f"--device {name}"):
                     pick_device(name)
-    assert taken == [torch.device("cuda", 1)] * 2  # under torchrun, each rank has its own
+    assert taken == [1, 1]  # under torchrun, each rank has its own
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="more ranks than GPUs"):
+    with pytest.raises(ValueError, match="more ranks than GPUs"):
         pick_device("auto")
 
 
@@ -1566,10 +1566,10 @@ def test_everything_is_on_the_networks_device_and_nothing_waits_for_it():
             for p in params:
                 p.grad = torch.empty_like(p)
         log = object.__new__(train.Log)
-        log.sums, log.in_a_row = torch.zeros(5, device="cuda"), torch.zeros(1, device="cuda")
+        log.sums = torch.zeros(6, device="cuda")
         log.bar = train.tqdm(disable=True)
         log.add(torch.stack([loss, vlb]).detach() @ weights, norm)
-        assert on_cuda(log.sums) and on_cuda(log.in_a_row)
+        assert on_cuda(log.sums)
 
         # Samples and bits per dimension. (The pilot reads its measurements, and load_batch needs
         # a CUDA generator and pinned memory: they are left out.)
@@ -2643,7 +2643,7 @@ def test_a_hundred_skipped_updates_in_a_row_end_the_run(with_arrays, capsys):
     # 40 in a row, one that is made, and then all of them, over two starts of the run.
     with nan_at({*range(1, 41), *range(42, 1000)}):
         assert train_here(*flags, "--steps", 60) == 0
-        assert train_here(*flags, "--steps", 1000) == 1
+        assert train_here(*flags, "--steps", 1000) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("train.py: error: ") and lines[-1].count("--lr") == 1
     assert int(log_without_times("run")[-1][0]) == 150  # the first row after 42 + 100
@@ -2708,7 +2708,7 @@ def test_a_second_run_in_the_same_directory_is_refused(with_arrays, capsys):
     os.mkdir("run")
     with open("run/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert script("train.py", *SMALL, *"--steps 1 --out run".split()) == 1
+        assert script("train.py", *SMALL, *"--steps 1 --out run".split()) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.py: error: another run is writing to run")
     assert os.listdir("run/samples") == [] and not os.path.exists("run/log.csv")
@@ -3000,7 +3000,7 @@ def test_a_signal_to_one_rank_stops_both_and_they_resume_to_the_bit(ranks):
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(ranks):
-    assert [statuses["elsewhere"] for statuses in ranks] == [1, 1]
+    assert [statuses["elsewhere"] for statuses in ranks] == [2, 2]
     errors = open("stderr").read()
     assert "the ranks see different checkpoints: nodes must share --out" in errors
     assert "Traceback" not in errors.split("endless")[0]
@@ -3486,7 +3486,7 @@ def test_files_and_folders_that_may_not_be_read_are_named(nobody, capsys):
     os.chmod("p/cat", 0o755)
     assert load("p", classes=True)[0] == ["blue", "lime", "red"]
     os.chmod("p", 0)
-    with pytest.raises(ValueError, match="no readable image there.*Permission denied"):
+    with pytest.raises(OSError, match="Permission denied: 'p/'"):
         load("p")
     os.chmod("p", 0o755)
 
@@ -3533,8 +3533,7 @@ def test_arrays_are_read_with_their_labels(place):
     images, found, names = classes_of()
     assert (images == pixels.transpose(0, 3, 1, 2)).all()
     assert found == [str(k) for k in labels] and names == ("0", "1", "2", "10")
-    for other in (labels.astype(np.uint8), labels.astype(np.float32), labels.astype(str),
-                  labels.astype("S2")):  # fmt: skip
+    for other in (labels.astype(np.uint8), labels.astype(str)):
         np.savez("x.npz", images=pixels, labels=other)  # the other names of both
         assert classes_of()[1:] == (found, names), other.dtype
     labels = np.array([1, 0, 2, 2, 1, 0])
@@ -3593,7 +3592,7 @@ def test_damaged_arrays_are_refused_in_one_line(place, capsys):
                     array.getvalue()):  # fmt: skip
         open("x.npz", "wb").write(content)
         forget_arrays()
-        assert train_here(*TINY, "--data", "x.npz") == 1
+        assert train_here(*TINY, "--data", "x.npz") == 2
         (line,) = errors(capsys)
         assert line.startswith("train.py: error: x.npz ")
     os.remove("x.npz")
@@ -4041,7 +4040,7 @@ def test_weights_without_a_run_are_not_resumed(run, capsys):
     keep = {name: state[name] for name in ("unet", "diffusion", "ema")}
     save_checkpoint("run/ckpt.pt", keep)
     before = open("run/ckpt.pt", "rb").read()
-    assert train_here(*RESUME, "p") == 1
+    assert train_here(*RESUME, "p") == 2
     (line,) = errors(capsys)
     assert "run/ckpt.pt" in line and "--out" in line
     assert open("run/ckpt.pt", "rb").read() == before
@@ -4948,7 +4947,7 @@ def test_a_folder_of_other_settings_is_refused(other, here, capsys):
     if other == "label":
         flags[-1:] = ["--class", "dog"]
     capsys.readouterr()
-    assert script("sample.py", "--ckpt", "ckpt.pt", *flags) == 1
+    assert script("sample.py", "--ckpt", "ckpt.pt", *flags) == 2
     out, errors = capsys.readouterr()
     assert not out and ages() == before
     assert f"was drawn with another {other}: take another --out" in errors.splitlines()[-1]
@@ -4960,14 +4959,14 @@ def test_pictures_that_sample_did_not_draw_are_left_alone(here, capsys):
     Image.new("RGB", (9, 9), "red").save("images/000001.png")
     flags = ["--ckpt", "ckpt.pt", "--n", 2, "--steps", 1, "--device", "cpu", "--out", "images"]
     before = ages()
-    assert script("sample.py", *flags) == 1 and ages() == before
+    assert script("sample.py", *flags) == 2 and ages() == before
     assert "000001.png" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_arrays_that_exist_are_not_overwritten(here, capsys):
     checkpoint("ckpt.pt")
     open("x.npz", "w").write("hours of work")
-    assert script("sample.py", "--ckpt", "ckpt.pt", "--n", 1, "--out", "x.npz") == 1
+    assert script("sample.py", "--ckpt", "ckpt.pt", "--n", 1, "--out", "x.npz") == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("sample.py: error: --out x.npz exists")
     assert open("x.npz").read() == "hours of work"
@@ -5092,7 +5091,7 @@ def test_a_folder_of_enlarged_images_is_that_of_its_small_images(here, capsys):
     sample(*flags)
     sample(*flags)  # nothing is left to draw
     np.savez("small.npz", arr_0=small_images(3)[::-1])
-    assert script("sample.py", *flags, "--device", "cpu") == 1
+    assert script("sample.py", *flags, "--device", "cpu") == 2
     assert "was drawn with another low_res" in capsys.readouterr().err
 
 
@@ -5136,8 +5135,8 @@ BAD_LOW_RES = """
     up_cond.pt|--low-res=short.npz|short.npz
     up.pt|--low-res=nowhere.npz|nowhere.npz
     up.pt|--low-res=nowhere|nowhere
-    up.pt|--low-res=large.npz|large.npz.*4.×.4,.not.8.×.8
-    up.pt|--low-res=wide.png|wide.png.*4.×.4,.not.6.×.4
+    up.pt|--low-res=large.npz|large.npz.*4.×.4;.found.8.×.8
+    up.pt|--low-res=wide.png|wide.png.*4.×.4;.found.6.×.4
     up.pt|--low-res=other.npz|other.npz
     up.pt|--low-res=none.npz|none.npz
     up.pt|--low-res=grey.npz|grey.npz

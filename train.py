@@ -13,6 +13,7 @@ The same command again resumes the run from its last checkpoint, on any number o
 import contextlib
 import copy
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -34,17 +35,17 @@ for number in (signal.SIGINT, signal.SIGTERM):  # no traceback, not of these imp
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from diffusion import FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, randn
 from model import (
-    RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, UnknownRange, UsageError, as_rgb, autocast,
-    draw_grid, first_line, flag, join_ranks, load_checkpoint, load_npz, make_parser, one_of,
-    one_rank_first, pick_device, pick_dtype, read_checkpoint, report, run_script, save_checkpoint,
-    say, spelt, text, to_pixels, within, write,
+    DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, autocast, draw_grid, first_line,
+    flag, join_ranks, load_checkpoint, load_npz, one_rank_first, parse_flags, pick_device,
+    pick_dtype, read_checkpoint, read_picture, report, run_script, save_checkpoint, say, spelt,
+    to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -76,11 +77,11 @@ FLAGS = {
         ("low_res", None, within(1, 2048), "train an upsampler of images of N pixels a side"),
     ],
     "process": [
-        ("objective", "hybrid", one_of("simple", "hybrid", "vlb"), "the loss"),
-        ("schedule", "cosine", one_of(*SCHEDULES), "the noise schedule"),
+        ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
+        ("schedule", "cosine", dict(choices=SCHEDULES), "the noise schedule"),
         ("T", 4000, within(2, 10**5), "the number of timesteps"),
-        ("variance", "learned", one_of("learned", "small", "large"), "the variance of p"),
-        ("t_sampler", "uniform", one_of(*T_SAMPLERS), "which t to train on"),
+        ("variance", "learned", dict(choices=("learned", "small", "large")), "the variance of p"),
+        ("t_sampler", "uniform", dict(choices=T_SAMPLERS), "which t to train on"),
     ],
     "network": [
         ("channels", 128, within(1, 4096), "width at the full resolution"),
@@ -99,13 +100,13 @@ FLAGS = {
         ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
     ],
     "the run, which may change when it is resumed": [
-        ("data", "digits", text("WHAT"), "digits, cifar10, a folder or X.npz"),
-        ("out", None, text("DIR"), "the run's directory; runs/ and the data's name if not given"),
+        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder or X.npz"),
+        ("out", None, dict(metavar="DIR"), "the run's directory; runs/ and the data's name if absent"),
         ("steps", 500_000, whole, "updates in all"),
         ("accum", 1, whole, "parts in which a rank computes its share of the batch"),
-        ("init", None, text("FILE"), "checkpoint whose weights to start from"),
-        ("device", "auto", one_of("auto", "cpu", "cuda", "mps"), "where to compute"),
-        ("dtype", "auto", one_of("auto", "fp32", "bf16", "fp16"), "precision of matrix products"),
+        ("init", None, dict(metavar="FILE"), "checkpoint whose weights to start from"),
+        ("device", "auto", DEVICES, "where to compute"),
+        ("dtype", "auto", DTYPES, "precision of matrix products"),
         ("compile", False, SWITCH, "compile the network with torch.compile"),
         ("log_every", 100, whole, "updates between rows of log.csv"),
         ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0 for none"),
@@ -113,16 +114,17 @@ FLAGS = {
     ],
     "bits per dimension": [
         ("eval_only", False, SWITCH, "measure --ckpt on images of --data"),
-        ("ckpt", None, text("FILE"), "what to measure; the one in --out if not given"),
+        ("ckpt", None, dict(metavar="FILE"), "what to measure; the one in --out if not given"),
         ("eval_images", 10_000, whole, "the most images to measure"),
         ("eval_steps", None, whole, "steps of the process to measure; all if not given"),
         ("eval_calls", 10, within(5, 10**6), "network calls for an image; T for every term"),
         ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 is even, 3 closer near t = 0"),
     ],
 }  # fmt: skip
-PAPER = {name: value for rows in FLAGS.values() for name, value, *_ in rows}
-NETWORK, RUN, MEASURE = ({n for n, *_ in list(FLAGS.values())[k]} for k in (2, -2, -1))
-SHAPE = NETWORK - {"dropout"} | {"image_size", "low_res", "class_cond"}  # fixed by the weights
+GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
+MEASURE = GROUPS["bits per dimension"]
+MAY_CHANGE = MEASURE | GROUPS["the run, which may change when it is resumed"]
+SHAPE = GROUPS["network"] - {"dropout"} | {"image_size", "low_res"}  # fixed by the weights
 PROCESS = ("schedule", "T", "variance", "time_scale")
 
 # What other data change. A folder has the shape of the paper's ImageNet-64 network.
@@ -145,7 +147,7 @@ def train(config, state, device, dtype):
     state  the checkpoint of the run to resume, the weights to start from, or nothing: {}
     """
     # The data and the network. A wrong shape is refused before any data are read.
-    shape = {name: getattr(config, name) for name in SHAPE - {"class_cond"}}
+    shape = {name: getattr(config, name) for name in SHAPE}
     shape["out_channels"] = 6 if config.variance == "learned" else 3
     network = UNetConfig(**shape | state.get("unet", {}) | {"dropout": config.dropout})
     with torch.device("meta"):
@@ -167,7 +169,7 @@ def train(config, state, device, dtype):
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     start, log = state.get("step", 0), Log(config, state, device)
-    stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler, row=log)
+    stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler)
     stateful |= {"scaler": scaler} if fp16 else {}
     if start:
         say(f"resuming {config.out} after update {start}")
@@ -216,8 +218,9 @@ def train(config, state, device, dtype):
         draws = config.sample_every and (last or done % config.sample_every == 0)
         if last or stopping or draws or done % config.save_every == 0:
             states = {name: each.state_dict() for name, each in stateful.items()}
+            states |= log.state(done)
             if RANK == 0:
-                save_checkpoint(ckpt, about | states | dict(step=done, seconds=log.seconds()))
+                save_checkpoint(ckpt, about | states)
         if RANK == 0 and draws and not stopping:
             at_once = max(1, len(x0) // config.accum)
             draw_samples(config, done, average, images, labels, device, dtype, at_once)
@@ -273,51 +276,42 @@ class Log:
 
     def __init__(self, config, state, device):
         self.path, start = os.path.join(config.out, "log.csv"), state.get("step", 0)
-        self.begin, self.batch = time.monotonic() - state.get("seconds", 0), config.batch
+        self.begin = time.monotonic() - state.get("seconds", 0)
         # Loss, bits/dim, norm, updates, skipped updates; and how many of those in a row.
-        self.sums, self.in_a_row = torch.zeros(5, device=device), torch.zeros(1, device=device)
-        if RANK == 0:
-            write(self.path, lambda file: file.write(self.rows_until(start).encode()))
+        self.sums = state.get("sums", torch.zeros(6)).to(device)
+        if RANK == 0:  # a killed run may have written rows after its last checkpoint
+            rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
+            rows = [row for row in rows if row.count(",") == 6 and row.endswith("\n")]
+            rows = [row for row in rows if int(row.split(",")[0]) <= start]
+            write(self.path, lambda file: file.write("".join([self.COLUMNS, *rows]).encode()))
         self.bar = tqdm(total=config.steps, initial=start, unit=" updates", disable=not TTY or RANK)
-
-    def rows_until(self, step):
-        """What the log held when the run was saved: a killed run may have written more since."""
-        rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
-        whole_rows = [row for row in rows if row.count(",") == 6 and row.endswith("\n")]
-        return "".join([self.COLUMNS, *(r for r in whole_rows if int(r.split(",")[0]) <= step)])
-
-    def state_dict(self):
-        """The same on all ranks, which all must call."""
-        return {"sums": gather(self.sums[None]).mean(0), "in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state):
-        self.sums.copy_(state["sums"])
-        self.in_a_row.copy_(state["in_a_row"])
 
     def add(self, means, norm):
         """Book an update: its mean loss and bits/dim (2,), and the norm of its gradient."""
         taken = norm.isfinite().float()
         values = torch.stack([*means, norm]).where(taken > 0, 0).nan_to_num(0, 0, 0)
-        self.sums += torch.cat([values, torch.stack([taken, 1 - taken])])
-        self.in_a_row = (self.in_a_row + 1) * (1 - taken)
+        self.sums[:5] += torch.cat([values, torch.stack([taken, 1 - taken])])
+        self.sums[5] = (self.sums[5] + 1) * (1 - taken)
         self.bar.update()
 
     def write_row(self, step, lr, prior):
         """Write the means until this step and begin anew. ValueError if no update is taken."""
-        *sums, taken, skipped = gather(self.sums[None]).mean(0).tolist()
+        *sums, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
         loss, bits, norm = (value / max(taken, 1) for value in sums)
-        bits += prior.item()
-        self.sums.zero_()
+        bits, seconds = bits + prior.item(), time.monotonic() - self.begin
+        self.sums[:5].zero_()
         if RANK == 0:
-            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f}"
             with open(self.path, "a") as file:
-                file.write(f"{row},{self.seconds():.1f}\n")
-        say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {self.seconds():.0f} s")
-        if self.in_a_row >= 100:
+                row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f}"
+                file.write(f"{row},{seconds:.1f}\n")
+        say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s")
+        if in_a_row >= 100:
             raise ValueError(f"no finite gradient in the 100 updates until {step}: lower --lr")
 
-    def seconds(self):
-        return time.monotonic() - self.begin
+    def state(self, step):
+        """What a checkpoint holds of the log. All ranks must call."""
+        sums = gather(self.sums[None]).mean(0)
+        return dict(step=step, sums=sums, seconds=time.monotonic() - self.begin)
 
 
 def catch_signals():
@@ -344,25 +338,23 @@ def draw_samples(config, step, average, images, labels, device, dtype, at_once):
     For an upsampler, each sample stands between its small image and the true one. A grid never ends
     a run: if it fails, a line says so.
     """
-    few = FEW_STEPS | {"steps": min(config.T, FEW_STEPS["steps"])}
-    process = {name: getattr(config, name) for name in PROCESS} | few
-    n, classes, tiles = 16 if config.low_res else 64, average.config.num_classes, []
+    n, columns, tiles, size = (16, 12, [], config.image_size) if config.low_res else (64, 8, [], 0)
+    process = {name: getattr(config, name) for name in PROCESS} | FEW_STEPS
     try:
-        diffusion = Diffusion(**process).to(device)
-        for start in range(0, n, at_once):
-            rows = np.arange(start, min(n, start + at_once))
+        diffusion = Diffusion(**process | {"steps": min(config.T, FEW_STEPS["steps"])}).to(device)
+        for rows in np.array_split(np.arange(n), math.ceil(n / at_once)):
             x0, y = to_device(images, labels, rows % len(images), device)
-            if classes and not config.low_res:
-                y = torch.from_numpy(rows).to(device) % classes
+            if y is not None and not config.low_res:
+                y = torch.from_numpy(rows).to(device) % average.config.num_classes
             generators = [generator(config.seed, i, device) for i in rows.tolist()]
             noise, net = randn(x0.shape[1:], generators), give_low_res(average, x0, config.low_res)
             with autocast(device, dtype):
                 x = diffusion.sample(net, noise, y, **FEW_STEPS_SAMPLER, generators=generators)
             if config.low_res:
-                small = F.interpolate(F.interpolate(x0, config.low_res, mode="area"), x0.shape[-1])
+                small = F.interpolate(F.interpolate(x0, config.low_res, mode="area"), size)
                 x = torch.stack([small, x, x0], dim=1).flatten(0, 1)
             tiles.append(to_pixels(x))
-        grid = draw_grid(torch.cat(tiles), columns=12 if config.low_res else 8)
+        grid = draw_grid(torch.cat(tiles), columns)
         path = os.path.join(config.out, "samples", f"{step:07}.png")
         write(path, partial(grid.save, format="png"))
     except (OSError, RuntimeError, MemoryError) as error:
@@ -425,24 +417,24 @@ def load_data(config, network=None, held_out=False):
     elif os.path.isdir(config.data):
         images, names, notes = load_folder(config.data, size, config)
     else:
-        raise UsageError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
+        raise ValueError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
     if images.shape[2:] != (size, size):
-        raise UsageError(f"--image-size {size}: {config.data} has {images.shape[-1]} pixels a side")
+        raise ValueError(f"--image-size {size}: {config.data} has {images.shape[-1]} pixels a side")
     found = f"{len(images):,} images"
     if not config.class_cond:
         say(found + notes)
         return images, None, None
     if names is None:
         raise ValueError(f"--class-cond: {config.data} has no labels")
-    shown = {name: printable(str(name)) for name in set(names)}
-    present = set(shown.values())
+    names = [printable(str(name)) for name in names]
+    present = set(names)
     classes = number_classes(present, network, config.data)
     number = {name: k for k, name in enumerate(classes)}
-    listed = some([f"{name} ({k})" for name, k in number.items()])
-    found += f" in {len(present)} classes: {listed}"
     absent = [name for name in classes if name not in present]
-    say(found + (f"; none of {some(absent)}" if absent else "") + notes)
-    return images, np.array([number[shown[name]] for name in names]), classes
+    listed = some([f"{name} ({k})" for name, k in number.items()])
+    found += f" in {len(present)} classes: {listed}" + f"; none of {some(absent)}" * bool(absent)
+    say(found + notes)
+    return images, np.array([number[name] for name in names]), classes
 
 
 def number_classes(found, network, data):
@@ -470,6 +462,7 @@ def some(names, most=10):
     return ", ".join(names[:most]) + f", … ({len(names) - most} more)" * (len(names) > most)
 
 
+@lru_cache(2**16)
 def printable(name):
     """A file's name in one line that any file can hold: what cannot be printed is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
@@ -501,38 +494,32 @@ def load_cifar10(held_out):
         with one_rank_first(), contextlib.redirect_stdout(sys.stderr):
             data = CIFAR10("data", train=not held_out, download=True)
     except (OSError, RuntimeError) as error:
-        reason = f"cannot download CIFAR-10 ({error}); put cifar-10-python.tar.gz into data/"
-        raise ValueError(reason) from error
+        where = "put cifar-10-python.tar.gz into data/"
+        raise OSError(f"cannot download CIFAR-10 ({error}); {where}") from error
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
 
 def load_folder(root, size, config):
     """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes.
 
-    They are decoded once, into data/cache, and again if a file was added, removed or changed. Files
-    that cannot be read are tried again at each start.
+    They are decoded once, into data/cache, and again if a file was added, removed or changed.
     """
-    mine = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else ''}"
+    mine = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else 0}"
     for cache in ("data/cache", os.path.join(tempfile.gettempdir(), mine)):
         with contextlib.suppress(OSError):
             os.makedirs(cache, exist_ok=True)
             if os.access(cache, os.W_OK):
                 break
-    leave_out = [cache, "data/cache", config.out, os.path.join(config.out, "samples")]
-    listing, left_out, others = list_images(root, leave_out)
+    samples = os.path.join(config.out, "samples")
+    listing, left_out, others = list_images(root, [cache, "data/cache", config.out, samples])
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
-    about = repr((os.path.realpath(root), size, listing)).encode()
-    name = f"{os.path.basename(os.path.abspath(root))[:40]}-{size}"
-    cache = os.path.join(cache, f"{name}-{hashlib.sha256(about).hexdigest()[:16]}")
+    key = hashlib.sha256(repr((os.path.realpath(root), size, listing)).encode()).hexdigest()[:16]
+    cache = os.path.join(cache, f"{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}")
     with one_rank_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
-        good = decoded(cache, size)
-        tried = {path: read_image(root, size, path) for path in set(paths) - set(good) if good}
-        broken = {path: image for path, image in tried.items() if isinstance(image, str)}
-        if not good or len(broken) < len(tried):
-            good, broken = decode(root, size, paths, cache)
+        good, broken = decode(root, size, paths, cache)
     bad = [f"{printable(path)} ({why})" for path, why in sorted((left_out | broken).items())]
     notes = f"; {len(bad)} left out: {some(bad, 5)}" if bad else ""
     if others:
@@ -548,22 +535,20 @@ def load_folder(root, size, config):
     return images, names, notes
 
 
-def decoded(cache, size):
-    """The paths of the images that a folder of the cache holds; none if it is not complete."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        paths = np.load(f"{cache}/paths.npy").tolist()
-        if os.path.getsize(f"{cache}/images.u8") == len(paths) * 3 * size * size:
-            return paths
-    return []
-
-
 def decode(root, size, paths, cache):
     """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
 
-    The folder gets its name once it is complete. A run that decodes the same folder meanwhile makes
-    its own copy, and the last one stays.
+    If the cache holds them, only those that could not be read are tried again. The folder gets its
+    name once it is complete. A run that decodes meanwhile makes its own copy; the last one stays.
     """
-    good, broken, read = [], {}, partial(read_image, root, size)
+    read = partial(read_image, root, size)
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        good = np.load(f"{cache}/paths.npy").tolist()
+        broken = {path: read(path) for path in sorted(set(paths) - set(good))}
+        complete = os.path.getsize(f"{cache}/images.u8") == len(good) * 3 * size * size > 0
+        if complete and all(isinstance(reason, str) for reason in broken.values()):
+            return good, broken
+    good, broken = [], {}
     os.makedirs(os.path.dirname(cache), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(cache), suffix=".tmp") as work:
         folder = os.path.join(work, "images")
@@ -589,58 +574,51 @@ def list_images(root, leave_out):
     Hidden names, the folders in leave_out and other runs are not entered. Nor are links that lead
     back to a folder which contains them, nor any folder of a class for a second time.
     """
-    here, leave_out = os.path.realpath(root), [os.path.realpath(path) for path in leave_out]
     suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
     suffixes.add(".mpo")  # which Pillow opens as a JPEG
     listing, left_out, others, entered = [], {}, Counter(), set()
+    leave_out = {os.path.realpath(path) for path in leave_out}
+    outer = os.path.join(os.path.realpath(root), "")
 
-    def enter(path):
-        real = os.path.realpath(os.path.join(root, path))
-        place = (path.split(os.sep)[0], real)  # the class, and the folder itself
-        leads_back = (here + os.sep).startswith(os.path.join(real, "")) or place in entered
-        if leads_back or real in leave_out:
-            return False
+    def enter(inside):
+        real = os.path.realpath(os.path.join(root, inside))
+        place = inside.split(os.sep)[0], real  # the class, and the folder itself
+        leads_back = inside and outer.startswith(os.path.join(real, ""))
+        if leads_back or place in entered or (inside and real in leave_out):
+            return
         entered.add(place)
-        if os.path.exists(os.path.join(real, "ckpt.pt")):
-            left_out[path] = "a run"
-        return path not in left_out
-
-    def unreadable(error):
-        left_out[os.path.relpath(error.filename, root)] = error.strerror
-
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
-        inside = "" if folder == root else os.path.relpath(folder, root)
-        folders[:] = [f for f in folders if f[0] != "." and enter(os.path.join(inside, f))]
-        for path in [os.path.join(inside, f) for f in files if f[0] != "."]:
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix not in suffixes:
-                others[printable(suffix) or "no suffix"] += 1
+        if inside and os.path.exists(os.path.join(real, "ckpt.pt")):
+            left_out[inside] = "a run"
+            return
+        for entry in os.scandir(os.path.join(root, inside)):
+            path = os.path.join(inside, entry.name)
+            if entry.name[0] == ".":
                 continue
             try:
-                about = os.stat(os.path.join(root, path))
-                listing.append((path, about.st_size, about.st_mtime_ns))
-                if not stat.S_ISREG(about.st_mode):
-                    left_out[listing.pop()[0]] = "not a regular file"
+                about, suffix = entry.stat(), os.path.splitext(path)[1].lower()
+                if stat.S_ISDIR(about.st_mode):
+                    enter(path)
+                elif suffix not in suffixes:
+                    others[printable(suffix) or "no suffix"] += 1
+                elif stat.S_ISREG(about.st_mode):
+                    listing.append((path, about.st_size, about.st_mtime_ns))
+                else:
+                    left_out[path] = "not a regular file"
             except OSError as error:
                 left_out[path] = error.strerror
+
+    enter("")
     return sorted(listing), left_out, others
-
-
-Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large images are wanted
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
 def read_image(root, size, path):
     """The centre square of an image file as uint8 (3, size, size), or why there is none: a str."""
+    path = os.path.join(root, path)
     try:
-        with Image.open(os.path.join(root, path)) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
-            image = ImageOps.fit(as_rgb(image), (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)
-    except UnknownRange as error:
-        return str(error)
-    except Exception as error:  # Pillow has one for every way in which a file can be broken
-        return getattr(error, "strerror", None) or "broken"
+        image = ImageOps.fit(read_picture(path, size), (size, size), Image.Resampling.BICUBIC)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 # ---- Bits per dimension ------------------------------------------------------------------------
@@ -652,34 +630,33 @@ def evaluate(config, model, device, dtype):
     diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
     images, labels, _ = load_data(config, model.config, held_out=True)
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
-    measured = measure(config, model.to(device), diffusion, images, labels, rows, dtype)
-    n = len(rows)
+    bounds, sums, draws = measure(config, model.to(device), diffusion, images, labels, rows, dtype)
     if RANK > 0:
         return
-    total, difference, prior = measured["bounds"].unbind(1)
-    L_t, draws = measured["sums"] / measured["draws"], measured["draws"]
-    exact = "every term computed" if config.eval_calls >= diffusion.num_steps else (
-        f"± {difference.norm() / n:.4f} (timesteps and noise)")
-    of_images = f"± {total.std() / n**0.5:.4f} (with the choice of images)" if n > 1 else (
-        "one image does not tell the error of the choice of images")
-    report(f"bits/dim {total.mean():.4f} on {n} images, {exact}, {of_images}")
+    total, difference, prior = bounds.unbind(1)
+    n, L_t, taken = len(rows), sums / draws, draws.nonzero().flatten().tolist()
+    of_draws, of_images = "every term computed", "one image tells no error of the choice of images"
+    if config.eval_calls < diffusion.num_steps:
+        of_draws = f"± {difference.norm() / n:.4f} (timesteps and noise)"
+    if n > 1:
+        of_images = f"± {total.std() / n**0.5:.4f} (with the choice of images)"
+    report(f"bits/dim {total.mean():.4f} on {n} images, {of_draws}, {of_images}")
     kls = (total - prior).mean() - L_t[0]
     report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
+    lines = ["t,bits_per_dim,draws", *(f"{t},{L_t[t]:.6g},{draws[t]:.0f}" for t in taken), ""]
     run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
-    path, t = os.path.join(run, "terms.csv"), draws.nonzero().flatten()
-    rows = [f"{i},{L:.6g},{d:.0f}" for i, L, d in zip(t.tolist(), L_t[t], draws[t])]
-    text = "\n".join(["t,bits_per_dim,draws", *rows, ""])
+    path = os.path.join(run, "terms.csv")
     try:
-        write(path, lambda file: file.write(text.encode()))
+        write(path, lambda file: file.write("\n".join(lines).encode()))
         say(f"wrote {path}")
     except OSError as error:  # beside a checkpoint that others own, say
         say(str(error))
 
 
 def measure(config, model, diffusion, images, labels, rows, dtype):
-    """The bounds of images[rows], shared out among the ranks -> a dict of tensors for them all.
+    """Measure images[rows], shared out among the ranks -> bounds (n, 3), sums and draws.
 
-    bounds       (n, 3): total, half the difference of two estimates of it (0 if exact), prior
+    bounds       total, half the difference of two estimates of it (0 if exact), and prior
     sums, draws  (num_steps,): the sum of all L_t that were computed, and their number
     """
     device = next(model.parameters()).device
@@ -706,8 +683,7 @@ def measure(config, model, diffusion, images, labels, rows, dtype):
         bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
         bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}")
-    sums, draws = gather(sums[None]).sum(0)
-    return dict(bounds=gather(torch.cat(bounds).double()), sums=sums, draws=draws)
+    return gather(torch.cat(bounds).double()), *gather(sums[None]).sum(0)
 
 
 # ---- From the command line to the run ----------------------------------------------------------
@@ -715,92 +691,75 @@ def measure(config, model, diffusion, images, labels, rows, dtype):
 
 def configure(argv):
     """-> the configuration (a Namespace), and what to start from: a checkpoint's dict, a network to
-    measure, or {}. Raises UsageError for flags that contradict each other or the run."""
+    measure, or {}. Raises ValueError for flags that contradict each other or the run."""
     usage = "[torchrun] train.py [--data digits|cifar10|DIR|X.npz] [flags]"
-    given = vars(make_parser(usage, FLAGS, PAPER).parse_args(argv))
-    for name in ("data", "out", "init", "ckpt"):
-        if given.get(name) == "":
-            raise UsageError(f"{flag(name)} must not be empty")
-    preset = PAPER | preset_of(given) | {"time_scale": None}
-    if "help" in given:
-        make_parser(usage, FLAGS, preset).print_help()
-        raise SystemExit
+    given, preset = parse_flags(usage, FLAGS, argv, preset_of)
     data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
     out = given.get("out", os.path.join("runs", data))
-    ckpt, run, state, fixed = os.path.join(out, "ckpt.pt"), {}, {}, ()
-    known, network = (given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)), None
-    if given.get("eval_only"):
-        ckpt = given.get("ckpt", ckpt)
-        state, process = load_checkpoint(ckpt, *known)
-        run, fixed, whose, network = flags_of(state, process), SHAPE, ckpt, state.config
-        run["data"] = read_checkpoint(ckpt).get("config", {}).get("data", "digits")
-    elif os.path.exists(ckpt):
+    ckpt, run, state, fixed, model = os.path.join(out, "ckpt.pt"), {}, {}, set(), None
+    weights = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
+    if os.path.exists(ckpt) and not given.get("eval_only"):
         state = read_checkpoint(ckpt)
         if not isinstance(state.get("config"), dict):
             raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
-        run, fixed = OLDER | state["config"], PAPER.keys() - RUN - MEASURE
-        whose, before = f"the run in {out}", run["data"]
+        run, fixed, whose = OLDER | state["config"], preset.keys() - MAY_CHANGE, f"the run in {out}"
+        before = run["data"]
         if "out" not in given and given.get("data", before) != before and os.path.exists(before):
-            wrong = f"--data {given['data']}: the run in {out} is one on {before}"
-            raise UsageError(f"{wrong}; give --out {out} to resume it, or another --out")
-    elif "init" in given:
-        model, process = load_checkpoint(given["init"], *known)
-        run, fixed, whose = flags_of(model, process), SHAPE, "the network of --init"
-        weights, network = model.state_dict(), model.config
-        state = dict(unet=vars(network), model=weights, ema=weights)
-    for name in sorted(given.keys() & set(fixed)):
+            wrong = f"--data {given['data']}: {whose} is one on {before}"
+            raise ValueError(f"{wrong}; give --out {out} to resume it, or another --out")
+    elif weights:
+        known = given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)
+        model, process = load_checkpoint(weights, *known)
+        run = process | {name: getattr(model.config, name) for name in SHAPE}
+        run["class_cond"] = model.config.num_classes is not None
+        fixed, whose, state = SHAPE | {"class_cond"}, weights, model
+        if given.get("eval_only"):
+            run["data"] = read_checkpoint(weights).get("config", {}).get("data", "digits")
+        else:
+            values = model.state_dict()
+            state = dict(unet=vars(model.config), model=values, ema=values)
+    for name in sorted(given.keys() & fixed):
         if given[name] != run[name]:
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(run[name])}"
-            another = "" if network else ", or take another --out"
-            raise UsageError(f"{wrong}; leave it out{another}")
-    config = Namespace(**preset | run | given | {"out": out, "ckpt": ckpt})
-    if network and config.variance == "learned" and network.out_channels == network.in_channels:
-        raise UsageError(f"--variance learned: {whose} predicts no variance")
+            raise ValueError(f"{wrong}; leave it out" + ", or take another --out" * (model is None))
+    config = Namespace(**preset | {"time_scale": None, "ckpt": ckpt} | run | given | {"out": out})
+    if model and config.variance == "learned" and model.config.out_channels == 3:
+        raise ValueError(f"--variance learned: {whose} predicts no variance")
     check(config, given)
     return config, state
 
 
 def preset_of(given):
     """What the data change of the paper's values. A folder's name is given a slash at its end."""
-    data = given.get("data", "digits")
-    if data == "digits":
-        return DIGITS
-    if data == "cifar10":
-        return {}
+    data, size = given.get("data", "digits"), 64
+    if data in ("digits", "cifar10"):
+        return DIGITS if data == "digits" else {}
     if data.lower().endswith(".npz"):
         size = load_npz(data)[0].shape[-1]
     else:
         given["data"] = os.path.join(os.path.normpath(data), "")  # cifar10/ is a folder
-        size = 64
     size = given.get("image_size", size)
     return FOLDER | dict(image_size=size, channel_mult=MULTS.get(size, (1, 2, 3, 4)))
-
-
-def flags_of(model, process):
-    """The flags that a checkpoint's network and process had."""
-    classes = model.config.num_classes is not None
-    shape = {name: getattr(model.config, name) for name in SHAPE - {"class_cond"}}
-    return process | shape | {"class_cond": classes}
 
 
 def check(config, given):
     """Refuse flags that contradict each other, before any data are read."""
     if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
-        raise UsageError(f"{flag(min(unused))} is for --eval-only")
+        raise ValueError(f"{flag(min(unused))} is for --eval-only")
     if config.eval_only and "init" in given:
-        raise UsageError("--init is for training: --ckpt says what to measure")
+        raise ValueError("--init is for training: --ckpt says what to measure")
     if config.eval_steps and config.eval_steps > config.T:
-        raise UsageError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
+        raise ValueError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
     if config.data == "cifar10" and config.image_size != 32:
-        raise UsageError(f"--image-size {config.image_size}: cifar10 has 32 pixels a side")
+        raise ValueError(f"--image-size {config.image_size}: cifar10 has 32 pixels a side")
     if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
-        raise UsageError("--objective hybrid needs --variance learned: its second term trains it")
+        raise ValueError("--objective hybrid needs --variance learned: its second term trains it")
     if config.batch < WORLD * config.accum and not config.eval_only:
         parts = f"{WORLD} ranks × --accum {config.accum}"
-        raise UsageError(f"--batch {config.batch} is less than {parts}")
+        raise ValueError(f"--batch {config.batch} is less than {parts}")
     if not config.class_cond:
         if given.get("label_dropout"):
-            raise UsageError("--label-dropout needs --class-cond")
+            raise ValueError("--label-dropout needs --class-cond")
         config.label_dropout = 0.0
 
 
