@@ -511,7 +511,8 @@ def load_folder(root, size, config):
             if os.access(cache, os.W_OK):
                 break
     samples = os.path.join(config.out, "samples")
-    listing, left_out, others = list_images(root, [cache, "data/cache", config.out, samples])
+    leave_out = [cache, "data/cache", config.out, samples]
+    listing, folders, left_out, others = list_images(root, leave_out)
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
@@ -525,10 +526,8 @@ def load_folder(root, size, config):
     if others:
         notes += f"; {others.total()} not looked at ({some(sorted(others), 5)})"
     names = [path.split(os.sep)[0] for path in good]
-    if config.class_cond and os.access(root, os.R_OK):
-        folders = {f.name for f in os.scandir(root) if f.is_dir() and f.name[0] != "."}
-        if empty := sorted(folders - set(names) - set(left_out)):
-            notes += f"; no images in {some([printable(name) for name in empty])}"
+    if config.class_cond and (empty := sorted(folders - set(names) - set(left_out))):
+        notes += f"; no images in {some([printable(name) for name in empty])}"
     if not good:
         raise ValueError(f"--data {root}: no readable image there{notes}")
     images = np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(good), 3, size, size))
@@ -568,8 +567,8 @@ def decode(root, size, paths, cache):
 
 
 def list_images(root, leave_out):
-    """What lies below root, links followed -> [(path, size, time)] of the images, {path: reason} of
-    what was left out, and the number of files of each suffix that Pillow does not open.
+    """What lies below root, links followed -> [(path, size, time)] of the images, the folders in
+    root, {path: reason} of what was left out, {suffix: number} of files that Pillow does not open.
 
     Hidden names, the folders in leave_out and other runs are not entered. Nor are links that lead
     back to a folder which contains them, nor any folder of a class for a second time.
@@ -608,7 +607,8 @@ def list_images(root, leave_out):
                 left_out[path] = error.strerror
 
     enter("")
-    return sorted(listing), left_out, others
+    folders = {name for name, real in entered if name}
+    return sorted(listing), folders, left_out, others
 
 
 def read_image(root, size, path):
