@@ -29,8 +29,16 @@ from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # for log_ndtr
-for number in (signal.SIGINT, signal.SIGTERM):  # no traceback, not of these imports either
-    signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def on_stop(handle):
+    """Have the signals to stop call handle, but for those that are ignored, as nohup does."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+on_stop(lambda number, _: sys.exit(128 + number))  # no traceback, not of these imports either
 
 import numpy as np
 import torch
@@ -326,9 +334,7 @@ def catch_signals():
             stop.fill_(number)
             say("stopping after this update; send the signal again to stop at once")
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup ignores it
-        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handle)
+    on_stop(handle)
     return stop
 
 
