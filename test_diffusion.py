@@ -1125,7 +1125,7 @@ def test_importance_sampler_keeps_the_last_losses_of_each_t(T, length, uniform):
             sampler.load_state_dict(state)
     assert min(map(len, history)) == length
     for other in (ImportanceSampler(T + 1, **how), ImportanceSampler(T, history=length + 1)):
-        with pytest.raises(ValueError):
+        with pytest.raises(RuntimeError, match="size mismatch for losses"):
             other.load_state_dict(sampler.state_dict())
 
 
@@ -2541,6 +2541,48 @@ def test_a_signal_saves_and_stops_and_the_run_resumes_to_the_bit(name, whole, wi
     assert_is_the_same_run("run", whole)
 
 
+def test_the_other_ranks_wait_at_a_stop_until_the_checkpoint_is_written(with_arrays, monkeypatch):
+    events, names = [], ("gather", "save_checkpoint")
+    for name in names:
+
+        def noted(*given, name=name, original=getattr(train, name)):
+            events.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(train, name, noted)
+    with at_step(2, lambda: signal.raise_signal(signal.SIGTERM)):
+        assert train_here(*SMALL, "--steps", 9, "--out", "run") == 128 + signal.SIGTERM
+    assert events[-2:] == ["save_checkpoint", "gather"]
+
+
+def test_signals_end_the_start_of_a_run_without_a_traceback():
+    code = """if True:
+        import signal, train
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            try:
+                signal.raise_signal(getattr(signal, name))
+            except SystemExit as end:
+                print(end.code)
+        signal.raise_signal(signal.SIGTERM)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.split() == ["130", "143", "129"]
+    assert ended.returncode == 143 and not ended.stderr
+
+
+def test_a_checkpoint_holds_the_means_of_all_ranks(tmp_path, monkeypatch):
+    config = Namespace(out=str(tmp_path), steps=9)
+    log = train.Log(config, {}, torch.device("cpu"))
+    log.add(torch.tensor([1.0, 2.0]), torch.tensor(4.0))
+    others = torch.tensor([[3.0, 6, 4, 1, 0, 0]])
+    monkeypatch.setattr(train, "gather", lambda values: torch.cat([values, others]))
+    state = log.state(7)
+    assert state["step"] == 7 and state["sums"].tolist() == [2, 4, 4, 1, 0, 0]
+    monkeypatch.undo()
+    train.Log(config, state, torch.device("cpu")).write_row(8, 0.1, torch.tensor(0.5))
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("8,2,4.5,4,0.1,0,")
+
+
 def test_a_second_signal_stops_at_once_and_an_ignored_one_stays_ignored(monkeypatch):
     with command("train.py"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -2842,7 +2884,7 @@ def test_grids_are_drawn_after_the_checkpoint_in_parts_like_the_batchs(with_arra
         return original(self, net, noise, *given, **more)
 
     monkeypatch.setattr(Diffusion, "sample", sample)
-    flags = SMALL + "--low-res 4 --accum 3 --steps 4 --save-every 2 --out run".split()
+    flags = SMALL + "--low-res 4 --accum 3 --steps 4 --save-every 3 --out run".split()
     flags += ["--sample-every"]
     assert script("train.py", *flags, 0) == 0 and found == []
     assert os.listdir("run/samples") == []
