@@ -64,7 +64,8 @@ class Diffusion:
                    process with the betas of eq. 19. None: all of them
     spacing        how an int of steps is laid, 1 … 10: see select_timesteps
     time_scale     the network is given t·time_scale. None: 1000/T, so that it need not know T
-    min_alpha_bar  leave out the last timesteps, whose alphas_bar is smaller. See trajectory
+    min_alpha_bar  leave out the last timesteps, whose alphas_bar is smaller: x0_hat is ε's error
+                   divided by sqrt(alphas_bar) there, 1e-5 at the end of the cosine schedule
 
     Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
     given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
@@ -79,72 +80,59 @@ class Diffusion:
             raise ValueError(f"variance must be learned, small or large, not {variance!r}")
         if not 1 <= spacing <= 10:
             raise ValueError(f"spacing must be 1 … 10, not {spacing}")
-        if not isinstance(schedule, str):
-            betas = torch.as_tensor(schedule, dtype=torch.float64).cpu()
-            T = len(betas)
-        elif schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {schedule!r}")
-        elif T < 2:
-            raise ValueError(f"T must be at least 2, not {T}")
-        else:
-            betas = SCHEDULES[schedule](T)
+        if isinstance(schedule, str):
+            if schedule not in SCHEDULES or T < 2:
+                raise ValueError(f"{schedule=} must be in {list(SCHEDULES)}, {T=} at least 2")
+            schedule = SCHEDULES[schedule](T)
+        betas = torch.as_tensor(schedule, dtype=torch.float64).cpu()
+        T = len(betas)
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must lie between 0 and 1")
 
         alphas_bar = torch.cumprod(1 - betas, 0)
         last = max(0, int((alphas_bar >= min_alpha_bar).sum()) - 1)
-        if steps is None:
-            steps = range(last + 1)
-        elif isinstance(steps, int):
-            if not 1 <= steps <= T:
-                raise ValueError(f"steps must be 1 … {T}, as the process has T = {T}, not {steps}")
-            steps = select_timesteps(min(steps, last + 1), last, spacing)
-        timesteps = torch.tensor(sorted(set(steps)))
+        chosen = T if steps is None else steps
+        if isinstance(chosen, int):
+            chosen = select_timesteps(min(chosen, last + 1), last, spacing) if chosen <= T else []
+        timesteps = torch.tensor(sorted(set(chosen)))
         if not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= T:
-            raise ValueError(f"steps must be timesteps between 0 and {T - 1}")
+            raise ValueError(f"steps must be 1 … {T}, or a list of 0 … {T - 1}, not {steps}")
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
 
         # The tables, each (num_steps,), by the paper's formulas.
-        alphas_bar = alphas_bar[timesteps]
-        alphas_bar_prev = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
-        alphas = alphas_bar / alphas_bar_prev
-        betas = 1 - alphas  # eq. 19; if no step is skipped, the schedule's own
-        posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)  # β̃, eq. 10
-        self.alphas_bar, self.alphas_bar_prev, self.betas = alphas_bar, alphas_bar_prev, betas
-        self.posterior_variance = posterior_variance
+        self.alphas_bar = alphas_bar = alphas_bar[timesteps]
+        self.alphas_bar_prev = before = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
+        alphas = alphas_bar / before
+        self.betas = betas = 1 - alphas  # eq. 19; if no step is skipped, the schedule's own
+        self.posterior_variance = small = betas * (1 - before) / (1 - alphas_bar)  # β̃, eq. 10
         self.sqrt_alphas_bar = alphas_bar.sqrt()
         self.sqrt_one_minus_alphas_bar = (1 - alphas_bar).sqrt()
-        # The coefficients of x0 and x_t in eq. 11.
-        self.posterior_x0 = betas * alphas_bar_prev.sqrt() / (1 - alphas_bar)
-        self.posterior_x_t = (1 - alphas_bar_prev) * alphas.sqrt() / (1 - alphas_bar)
+        self.posterior_x0 = betas * before.sqrt() / (1 - alphas_bar)  # of x0 in eq. 11
+        self.posterior_x_t = (1 - before) * alphas.sqrt() / (1 - alphas_bar)  # of x_t in eq. 11
         # At t = 0, where x_0 is known, β̃ is 0; but the decoder (eq. 5) needs a width. The choices
         # small and large take β̃ of t = 1 there, as does the released code.
-        first = posterior_variance[1:2] if len(betas) > 1 else betas
+        first = small[1:2] if len(betas) > 1 else betas
         self.log_betas = betas.log()
-        self.log_small = torch.cat([first, posterior_variance[1:]]).log()
+        self.log_small = torch.cat([first, small[1:]]).log()
         self.log_large = torch.cat([first, betas[1:]]).log()
         # 1/(2r) of trajectory's order 2: 0 in the first and the last step.
-        half_log_snr = 0.5 * (alphas_bar / (1 - alphas_bar)).log()  # λ
-        widths = half_log_snr[:-1] - half_log_snr[1:]
+        widths = (alphas_bar / (1 - alphas_bar)).log().diff()  # in 2λ of Lu et al.
         self.extrapolation = torch.zeros_like(betas)
         self.extrapolation[1:-1] = widths[:-1] / (2 * widths[1:])
 
     def to(self, device):
         """Move the tables, as float32 to devices that know no float64. Returns self."""
+        mps = torch.device(device).type == "mps"
         for name, table in vars(self).items():
             if torch.is_tensor(table):
-                mps = torch.device(device).type == "mps"
                 setattr(self, name, (table.float() if mps else table).to(device))
         return self
 
     @staticmethod
-    def _like(values, x):
-        """One value for each image, in the precision of x, shaped to multiply x."""
-        return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-    def _at(self, table, t, x):
-        return self._like(table[t], x)
+    def _at(table, t, x):
+        """The table's value for each image, in the precision of x, shaped to multiply x."""
+        return table[t].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
     # -- q: from data to noise
 
@@ -160,10 +148,9 @@ class Diffusion:
 
     def prior(self, x0):
         """L_T = KL(q(x_T | x0) || N(0, 1)) -> (N,) bits per dimension (eq. 7). Needs no network."""
-        t = torch.full(x0.shape[:1], self.num_steps - 1, device=x0.device)
-        mean = self._at(self.sqrt_alphas_bar, t, x0) * x0
-        log_variance = self._at(2 * self.sqrt_one_minus_alphas_bar.log(), t, x0)
-        zero = mean.new_zeros(())
+        mean = self.sqrt_alphas_bar[-1] * x0
+        log_variance = 2 * self.sqrt_one_minus_alphas_bar[-1].log().to(x0.dtype)
+        zero = x0.new_zeros(())
         return bits(normal_kl(mean, log_variance, zero, zero))
 
     # -- p: from noise to data
@@ -174,41 +161,32 @@ class Diffusion:
         Raises ValueError if the model returns another number of channels than it must.
         """
         out = model(x_t, self.times[t], y).to(x_t.dtype)
-        C = x_t.shape[1]
-        if out.shape[1] not in (C, 2 * C) or (self.variance == "learned" and out.shape[1] == C):
-            wanted = f"2·{C}, ε and v" if self.variance == "learned" else f"{C} or 2·{C}"
-            raise ValueError(
-                f"the model returned {out.shape[1]} channels; with variance={self.variance!r} it"
-                f" must return {wanted}"
-            )
-        return out[:, :C], (out[:, C:] if out.shape[1] == 2 * C else None)
+        C, n = x_t.shape[1], out.shape[1]
+        if n != 2 * C and (n != C or self.variance == "learned"):
+            raise ValueError(f"the model returned {n} channels: ε takes {C}, a learned v {C} more")
+        return out[:, :C], (out[:, C:] if n > C else None)
 
     def reverse(self, eps, v, x_t, t, clip=True):
         """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W) (eq. 3).
 
-        x0_hat is the estimate of x0 that follows from ε; if clip, it is clipped to [-1, 1] before
-        the mean is formed.
+        x0_hat is the x0 that follows from ε, clipped to [-1, 1] if clip; the mean follows from it.
         """
         x0_hat = x_t - self._at(self.sqrt_one_minus_alphas_bar, t, x_t) * eps
         x0_hat = x0_hat / self._at(self.sqrt_alphas_bar, t, x_t)  # eq. 9, solved for x0
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
-        mean, log_small = self.posterior(x0_hat, x_t, t)  # eq. 11; if not clipped, eq. 13
-        if self.variance == "small":
-            return mean, log_small, x0_hat
+        mean, log_variance = self.posterior(x0_hat, x_t, t)  # eq. 11; if not clipped, eq. 13
         if self.variance == "large":
-            return mean, self._at(self.log_large, t, x_t).expand_as(x_t), x0_hat
-        frac = (v + 1) / 2
-        log_variance = frac * self._at(self.log_betas, t, x_t) + (1 - frac) * log_small  # eq. 15
+            log_variance = self._at(self.log_large, t, x_t).expand_as(x_t)
+        elif self.variance == "learned":  # eq. 15
+            frac = (v + 1) / 2
+            log_variance = frac * self._at(self.log_betas, t, x_t) + (1 - frac) * log_variance
         return mean, log_variance, x0_hat
 
-    # -- Losses
+    # -- Losses and likelihood
 
     def vlb_term(self, x0, x_t, t, mean, log_variance):
-        """L_t (N,) in bits per dimension, for the mean and log_variance that p has at x_t.
-
-        A KL divergence, or at t = 0 the negative log-likelihood of x0.
-        """
+        """L_t (N,) in bits per dimension, for the mean and log_variance that p has at x_t."""
         true_mean, true_log_variance = self.posterior(x0, x_t, t)
         kl = bits(normal_kl(true_mean, true_log_variance, mean, log_variance))  # eq. 6
         nll = -bits(decoder_log_likelihood(x0, mean, log_variance))  # eq. 5
@@ -217,12 +195,10 @@ class Diffusion:
     def losses(self, model, x0, t, y=None, noise=None, objective="hybrid"):
         """The training loss (N,) at timesteps t (N,), and T·L_t (N,), whose mean estimates L_vlb.
 
-        objective  "simple": L_simple, the mean over C·H·W of (ε - ε̂)², of which v learns nothing
-                             (eq. 14 has the sum)
-                   "vlb":    T·L_t, an estimate of L_vlb in bits per dimension (eq. 4)
-                   "hybrid": L_simple + λ·T·L_t, the mean in L_t detached, so that ε learns from
-                             L_simple alone and v from L_vlb alone (eq. 16). λ = 0.001 belongs
-                             to this mean and to bits per dimension
+        "simple"  L_simple: the mean of (ε - ε̂)² over C·H·W (eq. 14 has the sum); v learns nothing
+        "vlb"     T·L_t, an estimate of L_vlb in bits per dimension (eq. 4)
+        "hybrid"  L_simple + λ·T·L_t (eq. 16), where λ = 0.001 belongs to this mean and to bits. The
+                  mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
         The predicted x0 is never clipped here: a clipped prediction has no gradient. Raises
         ValueError for another objective, or for "hybrid" without a learned variance.
         """
@@ -240,8 +216,6 @@ class Diffusion:
         vlb = self.num_steps * self.vlb_term(x0, x_t, t, mean, log_variance)
         loss = {"simple": simple, "vlb": vlb, "hybrid": simple + LAMBDA * vlb}[objective]
         return loss, vlb.detach()
-
-    # -- Likelihood
 
     def draw_term(self, model, x0, t, y=None):
         """L_t (N,) in bits per dimension at one draw of x_t: unbiased for its mean over x_t."""
@@ -308,15 +282,6 @@ class Diffusion:
 
     # -- Samplers
 
-    def _ddim(self, x_t, t, x0_hat, eta):
-        """Mean and standard deviation of a DDIM step (Song et al. 2021, eq. 12 and 16)."""
-        eps = x_t - self._at(self.sqrt_alphas_bar, t, x_t) * x0_hat
-        eps = eps / self._at(self.sqrt_one_minus_alphas_bar, t, x_t)
-        before, variance = self.alphas_bar_prev[t], eta**2 * self.posterior_variance[t]  # float64
-        mean = self._like(before.sqrt(), x_t) * x0_hat
-        mean = mean + self._like((1 - before - variance).clamp(min=0).sqrt(), x_t) * eps
-        return mean, self._like(variance.sqrt(), x_t)
-
     @torch.no_grad()
     def trajectory(
         self, model, noise, y=None, method="ancestral", eta=0.0, order=1, clip=True, generators=None
@@ -328,21 +293,14 @@ class Diffusion:
         method      "ancestral": draw from p(x_{t-1} | x_t); "ddim": with eta 0 (no noise) … 1
         order       1, or 2: the step uses x0_hat extrapolated half a step ahead, from this call and
                     the one before (Lu et al. 2022, arXiv 2211.01095): DPM-Solver++(2M) for ddim
-                    with eta 0, its SDE variant for ancestral. The noise of ancestral steps then has
-                    the variance β̃, which belongs to it: a learned Σ already covers the error that
-                    the extrapolation corrects, and would count it twice
+                    with eta 0, its SDE variant, whose variance is β̃, for ancestral
         generators  one torch.Generator for each image, on the device of noise: then an image does
                     not depend on the others of its batch. None: the global one
-        With the cosine schedule, x0_hat at t = T-1 is ε's error divided by 1e-5. A process for few
-        steps had better leave such timesteps out, see min_alpha_bar.
         Raises ValueError for another method, eta or order.
         """
-        if method not in ("ancestral", "ddim"):
-            raise ValueError(f"method must be ancestral or ddim, not {method!r}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be 0 … 1, not {eta}")
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, not {order}")
+        if method not in ("ancestral", "ddim") or not 0 <= eta <= 1 or order not in (1, 2):
+            given = f"{method=}, {eta=}, {order=}"
+            raise ValueError(f"method must be ancestral or ddim, eta 0 … 1, order 1 or 2: {given}")
         x, previous = noise, None
         for i in reversed(range(self.num_steps)):
             t = torch.full(x.shape[:1], i, device=x.device)
@@ -351,24 +309,24 @@ class Diffusion:
             ahead = x0_hat
             if order == 2:
                 trend = x0_hat - (x0_hat if previous is None else previous)
-                ahead = x0_hat + self._at(self.extrapolation, t, x) * trend
+                ahead = x0_hat + self.extrapolation[i] * trend
+                # A learned Σ would count the error that is corrected here twice: hence β̃.
                 mean, log_variance = self.posterior(ahead, x, t)
-            if method == "ddim":
-                mean, std = self._ddim(x, t, ahead, eta)
-            else:
-                std = torch.exp(0.5 * log_variance)
+            std = torch.exp(0.5 * log_variance)
+            if method == "ddim":  # Song et al. 2021, eq. 12 and 16
+                eps = (x - self.sqrt_alphas_bar[i] * ahead) / self.sqrt_one_minus_alphas_bar[i]
+                before, variance = self.alphas_bar_prev[i], eta**2 * self.posterior_variance[i]
+                mean = before.sqrt() * ahead + (1 - before - variance).clamp(min=0).sqrt() * eps
+                std = variance.sqrt()
             x, previous = mean, x0_hat
             if i > 0 and (method == "ancestral" or eta > 0):  # the last step adds no noise
                 z = randn(x.shape[1:], generators) if generators else torch.randn_like(x)
                 x = torch.addcmul(mean, std, z)
             yield i, x, x0_hat
 
-    def sample(
-        self, model, noise, y=None, method="ancestral", eta=0.0, order=1, generators=None,
-        progress=False,
-    ):  # fmt: skip
-        """Images (N, C, H, W) in [-1, 1] from x_T = noise. The arguments are trajectory's."""
-        steps = self.trajectory(model, noise, y, method, eta, order, generators=generators)
+    def sample(self, model, noise, *args, progress=False, **more):
+        """Images (N, C, H, W) in [-1, 1] from x_T = noise. The other arguments are trajectory's."""
+        steps = self.trajectory(model, noise, *args, **more)
         for _, x, _ in tqdm(steps, "sampling", self.num_steps, disable=not progress, leave=False):
             pass
         return x.clamp(-1, 1)
@@ -383,10 +341,9 @@ def guided(model, scale):
     """
 
     def guided_model(x_t, time, y, **inputs):
-        no_class = torch.full_like(y, -1)
+        labels = torch.cat([y, torch.full_like(y, -1)])
         twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
-        x_twice, time_twice = torch.cat([x_t, x_t]), torch.cat([time, time])
-        out = model(x_twice, time_twice, torch.cat([y, no_class]), **twice)
+        out = model(torch.cat([x_t, x_t]), torch.cat([time, time]), labels, **twice)
         cond, uncond = out.to(x_t.dtype).chunk(2)
         C = x_t.shape[1]
         eps = torch.lerp(uncond[:, :C], cond[:, :C], float(scale))
@@ -434,8 +391,7 @@ STREAMS = {"noise": 0, "dropout": 2**30, "order": 2**31}
 
 def generator(seed, index, device="cpu", stream="noise"):
     """A torch.Generator for one use: it depends on the seed, the stream and the index alone."""
-    # The CPU's generator looks at the lower 32 bits alone.
-    number = (seed * 0x9E3779B1 + STREAMS[stream] + index) % 2**32
+    number = (seed * 0x9E3779B1 + STREAMS[stream] + index) % 2**32  # the CPU reads 32 bits alone
     return torch.Generator(device).manual_seed(number)
 
 

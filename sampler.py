@@ -1,65 +1,52 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 
-This file stands alone, and is the only mathematics here that speaks to other ranks.
+This file stands alone, and is the only mathematics here that speaks to other ranks. The samplers
+are modules: .to(device) moves them, and what they have learned is their .state_dict().
 """
 
 import torch
 import torch.distributed as dist
 
 
-class UniformSampler:
+class UniformSampler(torch.nn.Module):
     """Every t in 0 … T-1 equally often; all weights are 1. T is the process's num_steps."""
 
     def __init__(self, T):
-        self.T, self.device = T, "cpu"
-
-    def to(self, device):
-        """Draw on a device, on which a generator must be too. Returns self."""
-        self.device = device
-        return self
+        super().__init__()
+        self.T = T
+        self.register_buffer("place", torch.empty(0), persistent=False)  # moved by .to()
 
     def sample(self, n, generator=None):
-        """Draw t (n,) int64 and weights (n,)."""
-        t = torch.randint(self.T, (n,), generator=generator, device=self.device)
-        return t, torch.ones(n, device=self.device)
+        """Draw t (n,) int64 and weights (n,). The generator must be on the sampler's device."""
+        device = self.place.device
+        t = torch.randint(self.T, (n,), generator=generator, device=device)
+        return t, torch.ones(n, device=device)
 
     def update(self, t, losses):
         """Learns nothing from the losses."""
 
-    def state_dict(self):
-        return {}
 
-    def load_state_dict(self, state):
-        pass
-
-
-class ImportanceSampler:
+class ImportanceSampler(torch.nn.Module):
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
 
     Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform (as in
     the released code), so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased.
 
-    The history is kept on the device and written without a loop, since a loop over the losses would
-    make the host wait for the device at every step of training.
+    load_state_dict raises RuntimeError for the state of another T or history.
     """
 
     def __init__(self, T, history=10, uniform=0.001):
+        super().__init__()
         self.T, self.history, self.uniform = T, history, uniform
-        # For each t, its last losses, the oldest to be overwritten next, and how many it has ever
-        # seen. The last row, T, takes what is not to be kept.
-        self.losses = torch.zeros(T + 1, history)
-        self.counts = torch.zeros(T + 1, dtype=torch.int64)
-
-    def to(self, device):
-        """Move the history to a device. Returns self."""
-        self.losses, self.counts = self.losses.to(device), self.counts.to(device)
-        return self
+        # For each t, its last losses, the oldest to be overwritten next, and how many it ever had.
+        self.register_buffer("losses", torch.zeros(T, history))
+        self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))
 
     def probabilities(self):
         """p (T,), summing to 1."""
-        root = self.losses[: self.T].square().mean(1).sqrt()
+        root = self.losses.square().mean(1).sqrt()
         p = (1 - self.uniform) * root / root.sum() + self.uniform / self.T
-        ready = (self.counts[: self.T] >= self.history).all() & (root.sum() > 0)
+        ready = (self.counts >= self.history).all() & (root.sum() > 0)
         return torch.where(ready, p, 1 / self.T)
 
     def sample(self, n, generator=None):
@@ -71,26 +58,18 @@ class ImportanceSampler:
     def update(self, t, losses):
         """Add the losses (n,) of the objective, unweighted, at timesteps t (n,).
 
-        All ranks must call, and each adds the losses of all. Losses not finite are left out.
+        All ranks must call, and each adds the losses of all. Losses not finite are left out. No
+        loop runs over the losses, and no mask selects some: the host would wait for the device.
         """
         t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
-        t = torch.where(losses.isfinite(), t.long(), self.T)
-        same = t[:, None] == t  # which losses belong to the same t
+        t, finite = t.long(), losses.isfinite()
+        same = (t[:, None] == t) & finite  # which losses belong to the same t
         before, after = same.tril(-1).sum(1), same.triu(1).sum(1)
-        row = torch.where(after < self.history, t, self.T)  # of many, only the last can stay
-        self.losses[row, (self.counts[t] + before) % self.history] = losses
-        self.losses[self.T] = 0
-        self.counts.index_add_(0, t, torch.ones_like(t))
-
-    def state_dict(self):
-        return {"losses": self.losses[: self.T], "counts": self.counts[: self.T]}
-
-    def load_state_dict(self, state):
-        """Raises ValueError if the state belongs to another T or history."""
-        if state["losses"].shape != (self.T, self.history):
-            raise ValueError("the history of losses is another T's, or of another length")
-        self.losses[: self.T] = state["losses"]
-        self.counts[: self.T] = state["counts"]
+        kept = finite & (after < self.history)  # of many at one t, only the last can stay
+        rows = torch.cat([self.losses, self.losses[:1]])  # row T takes what is not kept
+        rows[torch.where(kept, t, self.T), (self.counts[t] + before) % self.history] = losses
+        self.losses.copy_(rows[:-1])
+        self.counts.index_add_(0, t, finite.long())
 
 
 T_SAMPLERS = {"uniform": UniformSampler, "importance": ImportanceSampler}
