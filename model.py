@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import math
 import os
 import sys
@@ -53,16 +52,16 @@ class UNetConfig:
     label_dropout: float = 0.0  # share of the training images that were shown without their class
 
     def __post_init__(self):
-        sizes = [self.image_size >> level for level in range(len(self.channel_mult) or 1)]
-        if not self.channel_mult or self.image_size != sizes[-1] << len(sizes) - 1:
-            mult = ",".join(map(str, self.channel_mult))
-            size = f"--image-size {self.image_size}"
-            raise ValueError(f"{size} is not halved by the levels of --channel-mult {mult}")
+        sizes = [self.image_size >> level for level in range(len(self.channel_mult))]
+        if not sizes or self.image_size != sizes[-1] << len(sizes) - 1:
+            mult = spelt(self.channel_mult)
+            raise ValueError(f"--channel-mult {mult} does not halve --image-size {self.image_size}")
         if unknown := set(self.attention_resolutions) - set(sizes):
             raise ValueError(f"no --attention at resolution {unknown.pop()}: there are {sizes}")
         if self.low_res and (self.image_size % self.low_res or self.low_res == self.image_size):
-            what = f"--image-size {self.image_size} and be smaller"
-            raise ValueError(f"--low-res {self.low_res} must divide {what}")
+            raise ValueError(
+                f"--low-res {self.low_res} must divide {self.image_size} and be smaller"
+            )
 
 
 class UNet(nn.Module):
@@ -192,11 +191,8 @@ class Attention(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with at most `groups` groups, or with our number of them for 0 (see UNetConfig).
-
-    In float32 when the rest is in 16 bits: more exact, and on CPUs several times as fast. Raises
-    ValueError if the channels make no groups of 4.
-    """
+    """nn.GroupNorm with UNetConfig's norm_groups, always in float32: in 16 bits it would be less
+    exact, and slower on CPUs. Raises ValueError if the channels make no groups of 4."""
 
     def __init__(self, channels, groups):
         if channels % 4:
@@ -347,8 +343,8 @@ def run_script(main):
         # What is wrong with the command is wrong on all ranks: one speaks. Later, each may.
         if LOCAL_RANK == 0 or dist.is_initialized():
             where = f"rank {RANK}: " if RANK > 0 else ""
-            message = f"{os.path.basename(sys.argv[0])}: error: {where}{first_line(error)}"
-            tqdm.write(message, file=sys.stderr)
+            name = os.path.basename(sys.argv[0])
+            tqdm.write(f"{name}: error: {where}{first_line(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     finally:
         if dist.is_initialized():
@@ -357,7 +353,7 @@ def run_script(main):
 
 def first_line(error):
     """What an error says, in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def say(message):
@@ -368,18 +364,16 @@ def say(message):
 
 def report(line):
     """Print a result to stdout, from one rank."""
-    if RANK == 0 and sys.stdout is not None:
+    if RANK == 0:
         with contextlib.suppress(BrokenPipeError):  # nobody reads it
             print(line, flush=True)
 
 
 def parse_flags(usage, flags, argv, preset_of):
-    """What was typed, {name: value}, and the values of all flags before it.
+    """What was typed, {name: value}, and the values of all flags before it. Raises ValueError.
 
     flags      the table {title: [(name, default, kind, meaning), …]}; for a kind, see within
     preset_of  a function from what was typed to the values that replace defaults
-
-    Prints the help and exits if asked to. Raises ValueError.
     """
     parser = argparse.ArgumentParser(
         usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -440,10 +434,8 @@ def spelt(value):
 
 
 def pick_device(name):
-    """The torch.device for auto, cpu, cuda or mps; "auto" is the best. Raises ValueError.
-
-    Under torchrun, each rank of a machine has a GPU of its own.
-    """
+    """The torch.device for auto (the best), cpu, cuda or mps. Under torchrun, each rank of a machine
+    has a GPU of its own. Raises ValueError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(n for n in found if found[n]) if name == "auto" else name
     if not found[name]:
@@ -460,11 +452,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The torch.dtype of matrix products for auto, fp32, bf16 or fp16.
-
-    "auto" is bfloat16 where the device computes with it natively, else float16 on CUDA, else
-    float32.
-    """
+    """The torch.dtype of matrix products for auto, fp32, bf16 or fp16. "auto" is bfloat16 where the
+    device computes with it natively, else float16 on CUDA, else float32."""
     if name == "auto":
         name = "fp32"
         if device.type == "cuda":
@@ -533,14 +522,13 @@ def load_npz(path):
     """
     try:
         with np.load(path) as file:
-            wanted = {"images", "arr_0", "labels", "arr_1", "class_names"} & set(file.files)
-            arrays, found = {name: file[name] for name in wanted}, ", ".join(file.files)
+            images = file.get("images", file.get("arr_0"))
+            labels = file.get("labels", file.get("arr_1"))
+            names, found = file.get("class_names"), ", ".join(file.files)
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} is damaged, or its images or labels are no arrays") from error
-    images, names = arrays.get("images", arrays.get("arr_0")), arrays.get("class_names")
-    labels = arrays.get("labels", arrays.get("arr_1"))
     if images is None:
         raise ValueError(f"{path} has no arr_0 or images, but {found}")
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
@@ -569,27 +557,22 @@ def read_picture(path, size=None):
     try:
         with Image.open(path) as image:
             image.draft("RGB", size and (2 * size, 2 * size))
-            return as_rgb(image)
+            image.load()
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            raise OSError(0, "32 bits a pixel, whose range is not known")
+        key = image.info.get("transparency")
+        with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            grey = np.asarray(image)
+            grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
+            image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:  # Pillow has one for every way in which a file can be broken
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'broken'}") from error
-
-
-def as_rgb(image):
-    """Any Pillow image in RGB, upright, on white. Raises OSError and Pillow's other errors."""
-    image.load()
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise OSError(errno.EINVAL, "32 bits a pixel, whose range is not known")
-    key = image.info.get("transparency")
-    with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        grey = np.asarray(image)
-        grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
-        image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def to_pixels(x):
@@ -598,15 +581,11 @@ def to_pixels(x):
 
 
 def draw_grid(pixels, columns=None):
-    """uint8 (N, 3, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen.
-
-    By hand: to import torchvision for its make_grid takes as long as to draw 64 digits.
-    """
+    """uint8 (N, 3, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen."""
     N, _, H, W = pixels.shape
     columns, zoom = columns or math.ceil(N**0.5), max(1, 64 // W)
     width, height = columns * (W + 1) - 1, math.ceil(N / columns) * (H + 1) - 1
     grid = Image.new("RGB", (width, height))  # black, as are the lines between the images
     for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        place = (i % columns * (W + 1), i // columns * (H + 1))
-        grid.paste(Image.fromarray(image), place)
+        grid.paste(Image.fromarray(image), (i % columns * (W + 1), i // columns * (H + 1)))
     return grid.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)

@@ -67,11 +67,11 @@ FLAGS = {
         ("num_heads", 4, within(1, 4096), "heads of attention"),
     ],
 }  # fmt: skip
-FORMATS = {".png": "grid", ".gif": "film", ".npz": "arrays", "": "folder"}
 
 
 def main():
-    args = parse(sys.argv[1:])
+    given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, sys.argv[1:], lambda _: {})
+    args = Namespace(**preset | given)
     path = args.ckpt or newest_checkpoint()
     model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
     small, labels = choose_inputs(args, model.config)
@@ -81,7 +81,7 @@ def main():
     process["spacing"], process["variance"] = args.spacing, args.variance or process["variance"]
     process["min_alpha_bar"] = FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
-    check_out(args)
+    kind = check(args)
     device = pick_device(args.device)
     join_ranks(device)
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
@@ -89,12 +89,12 @@ def main():
     # Each rank draws the images of its own; a folder is resumed where it was left.
     mine = list(range(RANK, args.n, WORLD))
     last = diffusion.num_steps - 1
-    shown = {round(i) for i in np.linspace(last, 0, 40)} if args.kind == "film" else {0}
-    if args.kind == "folder":
+    shown = {round(i) for i in np.linspace(last, 0, 40)} if kind == ".gif" else {0}
+    if kind == "folder":
         paths = {i: os.path.join(args.out, f"{i:06}.png") for i in mine}
         mine = [i for i in mine if not is_done(paths[i], about(i))]
     drawn = draw(args, model.to(device), diffusion.to(device), small, labels, mine, shown)
-    if args.kind == "folder":
+    if kind == "folder":
         for i, frames in drawn:
             save_png(paths[i], Image.fromarray(frames[-1].permute(1, 2, 0).numpy()), about(i))
     else:
@@ -105,7 +105,7 @@ def main():
         if WORLD > 1:
             dist.all_reduce(pixels)
         if RANK == 0:
-            save_together(args, pixels, labels, model.config.class_names, about(None))
+            save_together(args.out, kind, pixels, labels, model.config.class_names, about(None))
     report(args.out)
 
 
@@ -129,19 +129,27 @@ def draw(args, model, diffusion, small, labels, indices, shown):
         bar.update(len(part))
 
 
-# ---- What is drawn -----------------------------------------------------------------------------
+# ---- What is drawn, and where it goes ------------------------------------------------------------
 
 
-def parse(argv):
-    """The flags, as a Namespace; `kind` is what --out asks for."""
-    given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, argv, lambda given: {})
-    args = Namespace(**preset | given)
-    args.kind = FORMATS.get(os.path.splitext(args.out)[1].lower(), "folder")
-    if args.kind == "folder" and "." in os.path.basename(args.out) and not os.path.isdir(args.out):
+def check(args):
+    """What --out asks for: ".png", ".gif", ".npz" or "folder", which is made. Refuses what could
+    not be drawn or written, before anything is drawn."""
+    suffix = os.path.splitext(args.out)[1].lower()
+    kind = suffix if suffix in (".png", ".gif", ".npz") else "folder"
+    if kind == "folder" and "." in os.path.basename(args.out) and not os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
     if args.eta and args.method != "ddim":
         raise ValueError("--eta is for --method ddim")
-    return args
+    if args.n > 4096 and kind in (".png", ".gif"):
+        raise ValueError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
+    if kind == ".npz" and os.path.exists(args.out):
+        raise ValueError(f"--out {args.out} exists: remove it, or take another name")
+    folder = args.out if kind == "folder" else os.path.dirname(os.path.abspath(args.out))
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK) or (kind != "folder" and os.path.isdir(args.out)):
+        raise OSError(f"--out {args.out}: cannot write there")
+    return kind
 
 
 def newest_checkpoint():
@@ -155,8 +163,7 @@ def choose_inputs(args, config):
     """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
     small = names = None
     if (args.low_res is None) != (config.low_res is None):
-        what = "needs --low-res" if config.low_res else "is no upsampler: leave out --low-res"
-        raise ValueError(f"the network {what}")
+        raise ValueError("an upsampler needs --low-res, other networks must not be given it")
     if args.low_res is not None:
         small, names = load_small(args.low_res, config.low_res)
         args.n = args.n or len(small)
@@ -169,13 +176,14 @@ def choose_inputs(args, config):
     if args.guidance != 1 and not config.label_dropout:
         raise ValueError("--guidance: the network was trained without --label-dropout")
     if name is not None:
-        return small, torch.full((args.n,), class_number(name, config, "--class"))
-    if small is None:
-        return small, torch.arange(args.n) % config.num_classes
-    if names is None:
+        labels = [class_number(name, config, "--class")]
+    elif small is None:
+        labels = list(range(config.num_classes))
+    elif names is None:
         raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
-    labels = torch.tensor([class_number(name, config, args.low_res) for name in names])
-    return small, labels[torch.arange(args.n) % len(labels)]
+    else:
+        labels = [class_number(name, config, args.low_res) for name in names]
+    return small, torch.tensor(labels)[torch.arange(args.n) % len(labels)]
 
 
 def class_number(name, config, where):
@@ -206,9 +214,6 @@ def load_small(path, size):
     return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, names
 
 
-# ---- Where it goes -----------------------------------------------------------------------------
-
-
 def describe(args, model, process, labels, small):
     """A function of i: what a PNG says of the image that it holds, {key: text}."""
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -226,18 +231,6 @@ def describe(args, model, process, labels, small):
         return {key: str(value) for key, value in (settings | label).items()}
 
     return about
-
-
-def check_out(args):
-    """Make the folder of --out; refuse what could not be written, before anything is drawn."""
-    if args.n > 4096 and args.kind in ("grid", "film"):
-        raise ValueError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
-    if args.kind == "arrays" and os.path.exists(args.out):
-        raise ValueError(f"--out {args.out} exists: remove it, or take another name")
-    folder = args.out if args.kind == "folder" else os.path.dirname(os.path.abspath(args.out))
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK) or (args.kind != "folder" and os.path.isdir(args.out)):
-        raise OSError(f"--out {args.out}: cannot write there")
 
 
 def is_done(path, about):
@@ -259,20 +252,21 @@ def save_png(path, picture, about):
     write(path, partial(picture.save, format="png", pnginfo=notes))
 
 
-def save_together(args, pixels, labels, names, about):
+def save_together(path, kind, pixels, labels, names, about):
     """Write images uint8 (N, F, C, H, W) to one file: the last frame, or all F as a film."""
-    if args.kind == "grid":
-        save_png(args.out, draw_grid(pixels[:, -1]), about)
-    elif args.kind == "film":
+    if kind == ".png":
+        save_png(path, draw_grid(pixels[:, -1]), about)
+    elif kind == ".gif":
         film = [draw_grid(frame) for frame in pixels.unbind(1)]
         times = [60] * (len(film) - 1) + [2000]  # milliseconds
         save = partial(film[0].save, format="gif", save_all=True, append_images=film[1:])
-        write(args.out, partial(save, loop=0, duration=times))
+        write(path, partial(save, loop=0, duration=times))
     else:
         arrays = {"arr_0": pixels[:, -1].permute(0, 2, 3, 1).numpy()}
-        arrays |= {} if labels is None else {"arr_1": labels.numpy()}
-        arrays |= {} if labels is None or not names else {"class_names": np.array(names)}
-        write(args.out, lambda file: np.savez(file, **arrays))
+        if labels is not None:
+            arrays["arr_1"] = labels.numpy()
+            arrays |= {"class_names": np.array(names)} if names else {}
+        write(path, lambda file: np.savez(file, **arrays))
 
 
 if __name__ == "__main__":

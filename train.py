@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import time
@@ -56,11 +55,6 @@ from model import (
     to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 
 # ---- The flags ---------------------------------------------------------------------------------
@@ -166,8 +160,7 @@ def train(config, state, device, dtype):
     torch.manual_seed(config.seed)
     model = UNet(network).to(device)
 
-    # The process, and what trains the network. All that has a state goes into the checkpoint. The
-    # scaler also skips updates that are not finite, without a wait for the device.
+    # The process, and what trains the network. All that has a state goes into the checkpoint.
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process).to(device)
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
@@ -198,16 +191,19 @@ def train(config, state, device, dtype):
 
         # Gradients, one part of the batch after the other.
         losses = []
-        for part in split(len(x0), config.accum):
+        n = len(x0)
+        for k in range(config.accum):
+            part = slice(k * n // config.accum, (k + 1) * n // config.accum)
             y_part = None if y is None else y[part]
-            with last_part_syncs(net, part.stop == len(x0)):
-                with autocast(device, dtype):
-                    net_part = give_low_res(net, x0[part], config.low_res)
-                    loss, vlb = diffusion.losses(
-                        net_part, x0[part], t[part], y_part, noise[part], config.objective
-                    )
-                # The mean over the whole batch, once DDP has divided by the number of ranks.
-                scaler.scale(weights[part] @ loss * (WORLD / config.batch)).backward()
+            net_part = give_low_res(net, x0[part], config.low_res)
+            if WORLD > 1:  # the ranks exchange gradients with the last part alone
+                net.require_backward_grad_sync = part.stop == n
+            with autocast(device, dtype):
+                loss, vlb = diffusion.losses(
+                    net_part, x0[part], t[part], y_part, noise[part], config.objective
+                )
+            # The mean over the whole batch, once DDP has divided by the number of ranks.
+            scaler.scale(weights[part] @ loss * (WORLD / config.batch)).backward()
             losses.append(torch.stack([loss.detach(), vlb]))
         losses = torch.cat(losses, dim=1)
 
@@ -230,8 +226,7 @@ def train(config, state, device, dtype):
             if RANK == 0:
                 save_checkpoint(ckpt, about | states)
         if RANK == 0 and draws and not stopping:
-            at_once = max(1, len(x0) // config.accum)
-            draw_samples(config, done, average, images, labels, device, dtype, at_once)
+            draw_samples(config, done, average, images, labels, device, dtype)
         if stopping:
             gather(stop)  # the other ranks wait until rank 0 has saved
             raise SystemExit(128 + stopping)
@@ -241,19 +236,9 @@ def train(config, state, device, dtype):
 # ---- What the loop calls -----------------------------------------------------------------------
 
 
-def split(n, parts):
-    """n things in parts -> slices, whose lengths differ by one at most."""
-    return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
-
-
 def seed_dropout(seed, step):
     """Seed torch's global generator, from which dropout alone draws: each rank on its own."""
     torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
-
-
-def last_part_syncs(net, last):
-    """A context in which DDP exchanges gradients only with the last part of the batch."""
-    return contextlib.nullcontext() if last or WORLD == 1 else net.no_sync()
 
 
 def give_low_res(net, x0, size):
@@ -262,10 +247,8 @@ def give_low_res(net, x0, size):
 
 
 def update_weights(params, optimizer, scaler, grad_clip, fp16):
-    """One step of AdamW -> the norm of the gradient. If that is not finite, no step is taken.
-
-    The fused optimizer decides so on the device: the host need not wait for it.
-    """
+    """One step of AdamW -> the norm of the gradient. If that is not finite, no step is taken: the
+    fused optimizer decides so on the device, for which the host need not wait."""
     scaler.unscale_(optimizer)
     norm = clip_grad_norm_(params, grad_clip or 1e30)
     scaler.step(optimizer)
@@ -275,12 +258,8 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
 
 
 class Log:
-    """The rows of log.csv: means over the updates since the last row.
-
-    The sums stay on the device, so that the host waits for it only once a row.
-    """
-
-    COLUMNS = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n"
+    """The rows of log.csv: means over the updates since the last row. The sums stay on the device,
+    so that the host waits for it only once a row."""
 
     def __init__(self, config, state, device):
         self.path, start = os.path.join(config.out, "log.csv"), state.get("step", 0)
@@ -291,7 +270,8 @@ class Log:
             rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
             rows = [row for row in rows if row.count(",") == 6 and row.endswith("\n")]
             rows = [row for row in rows if int(row.split(",")[0]) <= start]
-            write(self.path, lambda file: file.write("".join([self.COLUMNS, *rows]).encode()))
+            text = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n" + "".join(rows)
+            write(self.path, lambda file: file.write(text.encode()))
         self.bar = tqdm(total=config.steps, initial=start, unit=" updates", disable=not TTY or RANK)
 
     def add(self, means, norm):
@@ -304,14 +284,14 @@ class Log:
 
     def write_row(self, step, lr, prior):
         """Write the means until this step and begin anew. ValueError if no update is taken."""
-        *sums, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
-        loss, bits, norm = (value / max(taken, 1) for value in sums)
+        loss, bits, norm, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
+        loss, bits, norm = (value / max(taken, 1) for value in (loss, bits, norm))
         bits, seconds = bits + prior.item(), time.monotonic() - self.begin
         self.sums[:5].zero_()
         if RANK == 0:
+            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}\n"
             with open(self.path, "a") as file:
-                row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f}"
-                file.write(f"{row},{seconds:.1f}\n")
+                file.write(row)
         say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s")
         if in_a_row >= 100:
             raise ValueError(f"no finite gradient in the 100 updates until {step}: lower --lr")
@@ -327,37 +307,39 @@ def catch_signals():
     stop, first = torch.zeros(1, dtype=torch.int64), []
 
     def handle(number, frame):
-        if first and time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
-            raise SystemExit(128 + number)
         if not first:
             first.append(time.monotonic())
             stop.fill_(number)
             say("stopping after this update; send the signal again to stop at once")
+        elif time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
+            raise SystemExit(128 + number)
 
     on_stop(handle)
     return stop
 
 
-def draw_samples(config, step, average, images, labels, device, dtype, at_once):
-    """Write a grid of samples, at_once of which are drawn at a time.
-
-    For an upsampler, each sample stands between its small image and the true one. A grid never ends
-    a run: if it fails, a line says so.
-    """
-    n, columns, tiles, size = (16, 12, [], config.image_size) if config.low_res else (64, 8, [], 0)
+def draw_samples(config, step, average, images, labels, device, dtype):
+    """Write a grid of samples. For an upsampler, each stands between its small image and the true
+    one. They are drawn in parts as large as training has. A failure does not end the run."""
+    n, columns = (16, 12) if config.low_res else (64, 8)
     process = {name: getattr(config, name) for name in PROCESS} | FEW_STEPS
+    process["steps"] = min(config.T, FEW_STEPS["steps"])
+    at_once = max(1, config.batch // WORLD // config.accum)
+    tiles = []
     try:
-        diffusion = Diffusion(**process | {"steps": min(config.T, FEW_STEPS["steps"])}).to(device)
+        diffusion = Diffusion(**process).to(device)
         for rows in np.array_split(np.arange(n), math.ceil(n / at_once)):
             x0, y = to_device(images, labels, rows % len(images), device)
             if y is not None and not config.low_res:
                 y = torch.from_numpy(rows).to(device) % average.config.num_classes
             generators = [generator(config.seed, i, device) for i in rows.tolist()]
-            noise, net = randn(x0.shape[1:], generators), give_low_res(average, x0, config.low_res)
+            noise = randn(x0.shape[1:], generators)
+            net = give_low_res(average, x0, config.low_res)
             with autocast(device, dtype):
                 x = diffusion.sample(net, noise, y, **FEW_STEPS_SAMPLER, generators=generators)
             if config.low_res:
-                small = F.interpolate(F.interpolate(x0, config.low_res, mode="area"), size)
+                small = F.interpolate(x0, config.low_res, mode="area")
+                small = F.interpolate(small, config.image_size)
                 x = torch.stack([small, x, x0], dim=1).flatten(0, 1)
             tiles.append(to_pixels(x))
         grid = draw_grid(torch.cat(tiles), columns)
@@ -373,8 +355,8 @@ def draw_samples(config, step, average, images, labels, device, dtype, at_once):
 def load_batch(config, images, labels, t_sampler, step, device):
     """This rank's part of the batch of a step -> x0, y, t, weights, noise.
 
-    All randomness is drawn anew from (seed, step), for the whole batch, by each rank: neither their
-    number nor a restart changes what an image of the batch meets.
+    Each rank draws the randomness of the whole batch anew from (seed, step): neither the number of
+    ranks nor a restart changes what an image of the batch meets.
     """
     B, N = config.batch, len(images)
     mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
@@ -410,10 +392,10 @@ def to_device(images, labels, rows, device):
 def load_data(config, network=None, held_out=False):
     """-> uint8 images (N, 3, S, S), int64 labels (N,) or None, the names of class 0, 1, … or None.
 
-    network  the UNetConfig of a trained network, whose classes are kept. None: the network is new
-    Says what was found and what was left out. Raises ValueError if the data do not fit.
+    Says what was found and what was left out. The classes are those of `network`, the UNetConfig of
+    a trained network, if it is given. Raises ValueError if the data do not fit.
     """
-    size, notes = config.image_size, ""
+    size, notes, labels = config.image_size, "", None
     if config.data == "digits":
         images, names = draw_digits(20_000, size, config.seed + 2**32 * held_out)
     elif config.data == "cifar10":
@@ -426,21 +408,20 @@ def load_data(config, network=None, held_out=False):
         raise ValueError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
     if images.shape[2:] != (size, size):
         raise ValueError(f"--image-size {size}: {config.data} has {images.shape[-1]} pixels a side")
-    found = f"{len(images):,} images"
-    if not config.class_cond:
-        say(found + notes)
-        return images, None, None
-    if names is None:
-        raise ValueError(f"--class-cond: {config.data} has no labels")
-    names = [printable(str(name)) for name in names]
-    present = set(names)
-    classes = number_classes(present, network, config.data)
-    number = {name: k for k, name in enumerate(classes)}
-    absent = [name for name in classes if name not in present]
-    listed = some([f"{name} ({k})" for name, k in number.items()])
-    found += f" in {len(present)} classes: {listed}" + f"; none of {some(absent)}" * bool(absent)
+    found, classes = f"{len(images):,} images", None
+    if config.class_cond:
+        if names is None:
+            raise ValueError(f"--class-cond: {config.data} has no labels")
+        names = [printable(str(name)) for name in names]
+        present = set(names)
+        classes = number_classes(present, network, config.data)
+        number = {name: k for k, name in enumerate(classes)}
+        labels = np.array([number[name] for name in names])
+        found += f" in {len(present)} classes: {some([f'{c} ({k})' for c, k in number.items()])}"
+        if absent := [name for name in classes if name not in present]:
+            found += f"; none of {some(absent)}"
     say(found + notes)
-    return images, np.array([number[name] for name in names]), classes
+    return images, labels, classes
 
 
 def number_classes(found, network, data):
@@ -500,25 +481,21 @@ def load_cifar10(held_out):
         with one_rank_first(), contextlib.redirect_stdout(sys.stderr):
             data = CIFAR10("data", train=not held_out, download=True)
     except (OSError, RuntimeError) as error:
-        where = "put cifar-10-python.tar.gz into data/"
-        raise OSError(f"cannot download CIFAR-10 ({error}); {where}") from error
+        raise OSError(f"no CIFAR-10 ({error}): put cifar-10-python.tar.gz into data/") from error
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
 
 def load_folder(root, size, config):
-    """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes.
-
-    They are decoded once, into data/cache, and again if a file was added, removed or changed.
-    """
+    """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes. They are
+    decoded once, into data/cache, and again if a file was added, removed or changed."""
     mine = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else 0}"
     for cache in ("data/cache", os.path.join(tempfile.gettempdir(), mine)):
         with contextlib.suppress(OSError):
             os.makedirs(cache, exist_ok=True)
             if os.access(cache, os.W_OK):
                 break
-    samples = os.path.join(config.out, "samples")
-    leave_out = [cache, "data/cache", config.out, samples]
-    listing, folders, left_out, others = list_images(root, leave_out)
+    ours = [cache, "data/cache", config.out, os.path.join(config.out, "samples")]
+    listing, folders, left_out, others = list_images(root, leave_out=ours)
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
@@ -527,8 +504,10 @@ def load_folder(root, size, config):
     with one_rank_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
         good, broken = decode(root, size, paths, cache)
-    bad = [f"{printable(path)} ({why})" for path, why in sorted((left_out | broken).items())]
-    notes = f"; {len(bad)} left out: {some(bad, 5)}" if bad else ""
+    notes = ""
+    if bad := sorted((left_out | broken).items()):
+        named = some([f"{printable(path)} ({why})" for path, why in bad], 5)
+        notes += f"; {len(bad)} left out: {named}"
     if others:
         notes += f"; {others.total()} not looked at ({some(sorted(others), 5)})"
     names = [path.split(os.sep)[0] for path in good]
@@ -543,8 +522,8 @@ def load_folder(root, size, config):
 def decode(root, size, paths, cache):
     """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
 
-    If the cache holds them, only those that could not be read are tried again. The folder gets its
-    name once it is complete. A run that decodes meanwhile makes its own copy; the last one stays.
+    If it holds them, only those that could not be read are tried again. It gets its name once it is
+    complete: of two runs that decode at the same time, each makes a folder, and the last one stays.
     """
     read = partial(read_image, root, size)
     with contextlib.suppress(OSError, ValueError, EOFError):
@@ -576,8 +555,8 @@ def list_images(root, leave_out):
     """What lies below root, links followed -> [(path, size, time)] of the images, the folders in
     root, {path: reason} of what was left out, {suffix: number} of files that Pillow does not open.
 
-    Hidden names, the folders in leave_out and other runs are not entered. Nor are links that lead
-    back to a folder which contains them, nor any folder of a class for a second time.
+    Not entered are hidden names, the folders in leave_out, other runs, links that lead back to a
+    folder which contains them, and any folder of a class for a second time.
     """
     suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
     suffixes.add(".mpo")  # which Pillow opens as a JPEG
@@ -601,11 +580,11 @@ def list_images(root, leave_out):
                 continue
             try:
                 about, suffix = entry.stat(), os.path.splitext(path)[1].lower()
-                if stat.S_ISDIR(about.st_mode):
+                if entry.is_dir():
                     enter(path)
                 elif suffix not in suffixes:
                     others[printable(suffix) or "no suffix"] += 1
-                elif stat.S_ISREG(about.st_mode):
+                elif entry.is_file():
                     listing.append((path, about.st_size, about.st_mtime_ns))
                 else:
                     left_out[path] = "not a regular file"
@@ -631,46 +610,25 @@ def read_image(root, size, path):
 
 
 def evaluate(config, model, device, dtype):
-    """Print a network's bound on images of --data (or its test set), write each L_t's mean."""
+    """Print a network's bound on images of --data (or its test set), write each L_t's mean.
+
+    The ranks share the images. Unless every term is computed, two independent estimates of each
+    image's bound are made: their differences tell the error of the timesteps and the noise.
+    """
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
     images, labels, _ = load_data(config, model.config, held_out=True)
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
-    bounds, sums, draws = measure(config, model.to(device), diffusion, images, labels, rows, dtype)
-    if RANK > 0:
-        return
-    total, difference, prior = bounds.unbind(1)
-    n, L_t, taken = len(rows), sums / draws, draws.nonzero().flatten().tolist()
-    of_draws, of_images = "every term computed", "one image tells no error of the choice of images"
-    if config.eval_calls < diffusion.num_steps:
-        of_draws = f"± {difference.norm() / n:.4f} (timesteps and noise)"
-    if n > 1:
-        of_images = f"± {total.std() / n**0.5:.4f} (with the choice of images)"
-    report(f"bits/dim {total.mean():.4f} on {n} images, {of_draws}, {of_images}")
-    kls = (total - prior).mean() - L_t[0]
-    report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
-    lines = ["t,bits_per_dim,draws", *(f"{t},{L_t[t]:.6g},{draws[t]:.0f}" for t in taken), ""]
-    run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
-    path = os.path.join(run, "terms.csv")
-    try:
-        write(path, lambda file: file.write("\n".join(lines).encode()))
-        say(f"wrote {path}")
-    except OSError as error:  # beside a checkpoint that others own, say
-        say(str(error))
-
-
-def measure(config, model, diffusion, images, labels, rows, dtype):
-    """Measure images[rows], shared out among the ranks -> bounds (n, 3), sums and draws.
-
-    bounds       total, half the difference of two estimates of it (0 if exact), and prior
-    sums, draws  (num_steps,): the sum of all L_t that were computed, and their number
-    """
-    device = next(model.parameters()).device
-    exact, calls, p = config.eval_calls >= diffusion.num_steps, (config.eval_calls - 3) // 2, None
-    bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
+    n, stride = len(rows), config.batch * WORLD
+    exact = config.eval_calls >= diffusion.num_steps
+    calls, p = (config.eval_calls - 3) // 2, None
+    model.to(device)
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
-    stride = config.batch * WORLD
-    bar = tqdm(range(RANK, len(rows), stride), "bits/dim", disable=not TTY or RANK > 0)
+
+    # For each image the bound, half the difference of the estimates, and the prior. For each t the
+    # sum of all L_t, and their number.
+    bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
+    bar = tqdm(range(RANK, n, stride), "bits/dim", disable=not TTY or RANK > 0)
     for start in bar:
         x0, y = to_device(images, labels, rows[start : start + stride : WORLD], device)
         net = give_low_res(model, x0, config.low_res)
@@ -680,7 +638,7 @@ def measure(config, model, diffusion, images, labels, rows, dtype):
                 total = other = terms.sum(1) + prior
             else:
                 if p is None:  # the pilot costs at most one call for each image
-                    few = slice(max(1, len(rows) // WORLD // 32))
+                    few = slice(max(1, n // WORLD // 32))
                     pilot_net = give_low_res(model, x0[few], config.low_res)
                     p = diffusion.pilot(pilot_net, x0[few], None if y is None else y[few])
                 total, terms, prior = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
@@ -689,7 +647,29 @@ def measure(config, model, diffusion, images, labels, rows, dtype):
         bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
         bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}")
-    return gather(torch.cat(bounds).double()), *gather(sums[None]).sum(0)
+    total, difference, prior = gather(torch.cat(bounds).double()).unbind(1)
+    sums, draws = gather(sums[None]).sum(0)
+
+    # The bound and its errors, its parts, and a file of its terms.
+    L_t, of_draws = sums / draws, "every term computed"
+    if not exact:
+        of_draws = f"± {difference.norm() / n:.4f} (timesteps and noise)"
+    of_images = "one image tells no error of the choice of images"
+    if n > 1:
+        of_images = f"± {total.std() / n**0.5:.4f} (with the choice of images)"
+    report(f"bits/dim {total.mean():.4f} on {n} images, {of_draws}, {of_images}")
+    kls = (total - prior).mean() - L_t[0]
+    report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
+    taken = draws.nonzero().flatten().tolist()
+    lines = ["t,bits_per_dim,draws", *(f"{t},{L_t[t]:.6g},{draws[t]:.0f}" for t in taken), ""]
+    run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
+    path = os.path.join(run, "terms.csv")
+    try:
+        if RANK == 0:
+            write(path, lambda file: file.write("\n".join(lines).encode()))
+        say(f"wrote {path}")
+    except OSError as error:  # beside a checkpoint that others own, say
+        say(str(error))
 
 
 # ---- From the command line to the run ----------------------------------------------------------
@@ -702,17 +682,17 @@ def configure(argv):
     given, preset = parse_flags(usage, FLAGS, argv, preset_of)
     data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
     out = given.get("out", os.path.join("runs", data))
-    ckpt, run, state, fixed, model = os.path.join(out, "ckpt.pt"), {}, {}, set(), None
+    ckpt = os.path.join(out, "ckpt.pt")
+    run, fixed, state, model = {}, set(), {}, None
     weights = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
     if os.path.exists(ckpt) and not given.get("eval_only"):
         state = read_checkpoint(ckpt)
         if not isinstance(state.get("config"), dict):
             raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
         run, fixed, whose = OLDER | state["config"], preset.keys() - MAY_CHANGE, f"the run in {out}"
-        before = run["data"]
-        if "out" not in given and given.get("data", before) != before and os.path.exists(before):
-            wrong = f"--data {given['data']}: {whose} is one on {before}"
-            raise ValueError(f"{wrong}; give --out {out} to resume it, or another --out")
+        before, now = run["data"], given.get("data", run["data"])
+        if now != before and "out" not in given and os.path.exists(before):
+            raise ValueError(f"--data {now}: {whose} is one on {before}: give --out")
     elif weights:
         known = given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)
         model, process = load_checkpoint(weights, *known)
@@ -727,7 +707,7 @@ def configure(argv):
     for name in sorted(given.keys() & fixed):
         if given[name] != run[name]:
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(run[name])}"
-            raise ValueError(f"{wrong}; leave it out" + ", or take another --out" * (model is None))
+            raise ValueError(f"{wrong}; leave it out, or take another --out or checkpoint")
     config = Namespace(**preset | {"time_scale": None, "ckpt": ckpt} | run | given | {"out": out})
     if model and config.variance == "learned" and model.config.out_channels == 3:
         raise ValueError(f"--variance learned: {whose} predicts no variance")
@@ -786,24 +766,24 @@ def main():
     start = state.get("step", 0)
     if (gather(torch.tensor([start])) != start).any():
         raise ValueError("the ranks see different checkpoints: nodes must share --out")
-    with lock(os.path.join(config.out, ".lock")):
+    with lock(os.path.join(config.out, ".lock")) if RANK == 0 else contextlib.nullcontext():
         train(config, state, device, dtype)
 
 
 @contextlib.contextmanager
 def lock(path):
     """Refuse to write where another run does. Where nothing can be locked, say so and go on."""
-    file = open(path, "w") if RANK == 0 else None
-    try:
-        if file:
+    with open(path, "w") as file:
+        try:
+            import fcntl  # which Windows does not have
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        where = os.path.dirname(path)
-        raise ValueError(f"another run is writing to {where}: take another --out") from error
-    except (OSError, AttributeError) as error:  # AttributeError: there is no fcntl
-        reason = getattr(error, "strerror", None) or "there are no locks on this system"
-        say(f"{path} cannot be locked ({reason}): do not start a second run there")
-    yield file
+        except BlockingIOError as error:
+            where = os.path.dirname(path)
+            raise ValueError(f"another run is writing to {where}: take another --out") from error
+        except (OSError, ImportError) as error:
+            say(f"{path} cannot be locked ({error}): do not start a second run there")
+        yield
 
 
 if __name__ == "__main__":
