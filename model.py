@@ -29,10 +29,8 @@ from sampler import gather
 
 @dataclasses.dataclass
 class UNetConfig:
-    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters).
-
-    Raises ValueError for a size that channel_mult cannot halve, or attention where there is none.
-    """
+    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters). Raises
+    ValueError for a size that channel_mult cannot halve, or attention at another resolution."""
 
     image_size: int = 32  # pixels a side; halved between the entries of channel_mult
     in_channels: int = 3  # C

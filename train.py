@@ -430,8 +430,8 @@ def number_classes(found, network, data):
         return tuple(sorted(found, key=natural))
     if network.class_names is None:  # OpenAI's files and our older ones: by place, in plain order
         if len(found) != network.num_classes:
-            ours = network.num_classes or "no"
-            raise ValueError(f"--data {data} has {len(found)} classes, the network {ours}")
+            known = f"the network knows {network.num_classes}"
+            raise ValueError(f"--data {data} has {len(found)} classes, {known}")
         return tuple(sorted(found))
     if unknown := sorted(found - set(network.class_names)):
         known = some(network.class_names)
@@ -651,13 +651,14 @@ def evaluate(config, model, device, dtype):
     sums, draws = gather(sums[None]).sum(0)
 
     # The bound and its errors, its parts, and a file of its terms.
-    L_t, of_draws = sums / draws, "every term computed"
-    if not exact:
-        of_draws = f"± {difference.norm() / n:.4f} (timesteps and noise)"
-    of_images = "one image tells no error of the choice of images"
+    error = difference.norm() / n
+    errors = "every term computed" if exact else f"± {error:.4f} (timesteps and noise)"
     if n > 1:
-        of_images = f"± {total.std() / n**0.5:.4f} (with the choice of images)"
-    report(f"bits/dim {total.mean():.4f} on {n} images, {of_draws}, {of_images}")
+        errors += f", ± {total.std() / n**0.5:.4f} (with the choice of images)"
+    else:
+        errors += ", one image tells no error of the choice of images"
+    report(f"bits/dim {total.mean():.4f} on {n} images, {errors}")
+    L_t = sums / draws
     kls = (total - prior).mean() - L_t[0]
     report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
     taken = draws.nonzero().flatten().tolist()
@@ -741,8 +742,7 @@ def check(config, given):
     if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
         raise ValueError("--objective hybrid needs --variance learned: its second term trains it")
     if config.batch < WORLD * config.accum and not config.eval_only:
-        parts = f"{WORLD} ranks × --accum {config.accum}"
-        raise ValueError(f"--batch {config.batch} is less than {parts}")
+        raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
     if not config.class_cond:
         if given.get("label_dropout"):
             raise ValueError("--label-dropout needs --class-cond")
@@ -753,9 +753,9 @@ def main():
     config, state = configure(sys.argv[1:])
     say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
     device = pick_device(config.device)
-    # bf16 biases bits/dim by about 0.02: there it is used only where it is asked for.
-    exact = config.eval_only and config.dtype == "auto"
-    dtype = pick_dtype("fp32" if exact else config.dtype, device)
+    if config.eval_only and config.dtype == "auto":
+        config.dtype = "fp32"  # bf16 biases bits/dim by about 0.02
+    dtype = pick_dtype(config.dtype, device)
     join_ranks(device)
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
