@@ -1469,6 +1469,40 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         pick_device("auto")
 
 
+def test_each_rank_tells_its_errors_once_the_ranks_have_met(monkeypatch, capsys):
+    def main():
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(model_file, "RANK", 3)
+    monkeypatch.setattr(model_file, "LOCAL_RANK", 3)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for met, told in ((False, ""), (True, "error: rank 3: the disk is gone\n")):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: met)
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+        assert ended.value.code == 1 and capsys.readouterr().err.endswith(told)
+
+
+def test_one_rank_prints_the_results(monkeypatch, capsys):
+    for rank in range(2):
+        monkeypatch.setattr(model_file, "RANK", rank)
+        model_file.report("3.17")
+        model_file.say("and so on")
+    assert capsys.readouterr() == ("3.17\n", "and so on\n")
+
+
+def test_ranks_wait_for_hours_for_one_that_works_alone(monkeypatch):
+    joined = []
+    monkeypatch.setattr(model_file, "WORLD", 2)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *given, **more: joined.append((given, more))
+    )
+    for device, backend in (("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")):
+        model_file.join_ranks(torch.device(device))
+        given, more = joined.pop()
+        assert given == (backend,) and more["timeout"].total_seconds() >= 6 * 3600
+
+
 def test_freed_memory_is_kept_where_glibc_is_and_nothing_fails_elsewhere(monkeypatch):
     calls = []
     libc = types.SimpleNamespace(mallopt=lambda *given: calls.append(given))
@@ -1660,6 +1694,14 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
         else:  # it was between the tensors
             assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
     assert refused > 30
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "ckpt.pt", tmp_path / "disk" / "ckpt.pt"
+    link.symlink_to(target)
+    save_checkpoint(link, {"step": 3})
+    assert link.is_symlink() and read_checkpoint(target)["step"] == 3
 
 
 def test_a_failing_save_leaves_the_old_file(tmp_path):
