@@ -3651,6 +3651,10 @@ BAD_ARRAYS = {
     "too few names": (
         dict(arr_0=X, arr_1=np.arange(6), class_names=np.array(["a", "b"])), "class_names"
     ),
+    "no such name": (
+        dict(arr_0=X, arr_1=np.array([0, 1, -1, 0, 1, 0]), class_names=np.array(["a", "b"])),
+        "class_names",
+    ),
     "one name": (dict(arr_0=X, arr_1=np.arange(6), class_names=np.array("cat")), "class_names"),
 }  # fmt: skip
 
