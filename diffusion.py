@@ -312,8 +312,9 @@ class Diffusion:
                 ahead = x0_hat + self.extrapolation[i] * trend
                 # A learned Σ would count the error that is corrected here twice: hence β̃.
                 mean, log_variance = self.posterior(ahead, x, t)
-            std = torch.exp(0.5 * log_variance)
-            if method == "ddim":  # Song et al. 2021, eq. 12 and 16
+            if method == "ancestral":
+                std = torch.exp(0.5 * log_variance)
+            else:  # Song et al. 2021, eq. 12 and 16
                 eps = (x - self.sqrt_alphas_bar[i] * ahead) / self.sqrt_one_minus_alphas_bar[i]
                 before, variance = self.alphas_bar_prev[i], eta**2 * self.posterior_variance[i]
                 mean = before.sqrt() * ahead + (1 - before - variance).clamp(min=0).sqrt() * eps
