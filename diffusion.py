@@ -2,11 +2,11 @@
 
 This file stands alone: copy it beside a network of your own. A `model` here is any callable
 (x_t, time, y) -> (N, C or 2C, H, W) which predicts the noise ε that is in x_t (N, C, H, W) and, for
-variance="learned", v in [-1, 1] in C more channels. Equation numbers are the paper's.
+variance="learned", v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
 
-Images are in [-1, 1]. The index t = 0 … T-1 is the paper's t = 1 … T. The terms L_t of the bound
-keep the paper's index: L_0 is the decoder (eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the
-prior (eq. 7). All of them are in bits per dimension.
+Images are in [-1, 1]. In the code t = 0 … T-1 is the paper's t = 1 … T. Docstrings write
+q(x_{t-1} | x_t) and L_t as the paper does: L_0 is the decoder (eq. 5), L_1 … L_{T-1} are KLs
+(eq. 6), and L_T is the prior (eq. 7). All terms are in bits per dimension.
 """
 
 import math
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 LAMBDA = 0.001  # weight of L_vlb in L_hybrid (eq. 16)
 
-# The process and the sampler that draw in few calls what T calls would: chosen by measurement.
+# The default of the scripts: about the images that T calls draw, in few. Chosen by measurement.
 FEW_STEPS = dict(steps=25, spacing=1.0, min_alpha_bar=1e-4)
 FEW_STEPS_SAMPLER = dict(method="ancestral", order=2)
 
@@ -41,10 +41,10 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def select_timesteps(steps, last, spacing):
-    """`steps` of the timesteps 0 … last, both ends among them -> an ascending list.
+    """`steps` of the timesteps 0 … last, both ends among them (one step: last) -> a rising list.
 
     t_i = (i / (steps-1))^spacing · last: spacing 1 lays them evenly, 2 and 3 ever closer together
-    towards t = 0, where the terms of the bound are largest.
+    towards t = 0, where the terms of the bound are largest. No two are equal.
     """
     if steps == 1:
         return [last]
@@ -64,8 +64,9 @@ class Diffusion:
                    process with the betas of eq. 19. None: all of them
     spacing        how an int of steps is laid, 1 … 10: see select_timesteps
     time_scale     the network is given t·time_scale. None: 1000/T, so that it need not know T
-    min_alpha_bar  leave out the last timesteps, whose alphas_bar is smaller: x0_hat is ε's error
-                   divided by sqrt(alphas_bar) there, 1e-5 at the end of the cosine schedule
+    min_alpha_bar  leave out the last timesteps, whose alphas_bar is smaller, unless steps is a
+                   list. The error of x0_hat is that of ε divided by sqrt(alphas_bar), which is 1e-5
+                   at the end of the cosine schedule of T = 4000
 
     Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
     given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
@@ -93,9 +94,10 @@ class Diffusion:
         last = max(0, int((alphas_bar >= min_alpha_bar).sum()) - 1)
         chosen = T if steps is None else steps
         if isinstance(chosen, int):
-            chosen = select_timesteps(min(chosen, last + 1), last, spacing) if chosen <= T else []
+            chosen = select_timesteps(min(chosen, last + 1), last, spacing)
         timesteps = torch.tensor(sorted(set(chosen)))
-        if not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= T:
+        too_many = isinstance(steps, int) and steps > T
+        if too_many or not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"steps must be 1 … {T}, or a list of 0 … {T - 1}, not {steps}")
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
@@ -116,8 +118,8 @@ class Diffusion:
         self.log_betas = betas.log()
         self.log_small = torch.cat([first, small[1:]]).log()
         self.log_large = torch.cat([first, betas[1:]]).log()
-        # 1/(2r) of trajectory's order 2: 0 in the first and the last step.
-        widths = (alphas_bar / (1 - alphas_bar)).log().diff()  # in 2λ of Lu et al.
+        # Order 2's factor (λ_{i-1} - λ_i) / (2(λ_i - λ_{i+1})): 0 in the first and the last step.
+        widths = (alphas_bar / (1 - alphas_bar)).log().diff()  # in log SNR, Lu et al.'s 2λ
         self.extrapolation = torch.zeros_like(betas)
         self.extrapolation[1:-1] = widths[:-1] / (2 * widths[1:])
 
@@ -156,7 +158,7 @@ class Diffusion:
     # -- p: from noise to data
 
     def predict(self, model, x_t, t, y=None):
-        """The model's ε and v, each (N, C, H, W); v is None if it has none. Its only call.
+        """Call the model, which nothing else does -> ε and v (or None), each (N, C, H, W).
 
         Raises ValueError if the model returns another number of channels than it must.
         """
@@ -193,11 +195,11 @@ class Diffusion:
         return torch.where(t == 0, nll, kl)
 
     def losses(self, model, x0, t, y=None, noise=None, objective="hybrid"):
-        """The training loss (N,) at timesteps t (N,), and T·L_t (N,), whose mean estimates L_vlb.
+        """The training loss (N,) at timesteps t (N,), and T·L_t (N,), whose mean is L_vlb - L_T.
 
         "simple"  L_simple: the mean of (ε - ε̂)² over C·H·W (eq. 14 has the sum); v learns nothing
-        "vlb"     T·L_t, an estimate of L_vlb in bits per dimension (eq. 4)
-        "hybrid"  L_simple + λ·T·L_t (eq. 16), where λ = 0.001 belongs to this mean and to bits. The
+        "vlb"     T·L_t, an estimate of L_vlb (eq. 4) but for L_T, which has no gradient
+        "hybrid"  L_simple + λ·T·L_t (eq. 16), where λ = 0.001 presumes this mean, and bits. The
                   mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
         The predicted x0 is never clipped here: a clipped prediction has no gradient. Raises
         ValueError for another objective, or for "hybrid" without a learned variance.
@@ -292,8 +294,8 @@ class Diffusion:
 
         method      "ancestral": draw from p(x_{t-1} | x_t); "ddim": with eta 0 (no noise) … 1
         order       1, or 2: the step uses x0_hat extrapolated half a step ahead, from this call and
-                    the one before (Lu et al. 2022, arXiv 2211.01095): DPM-Solver++(2M) for ddim
-                    with eta 0, its SDE variant, whose variance is β̃, for ancestral
+                    the one before (Lu et al. 2022, arXiv 2211.01095). With ddim and eta 0 this is
+                    DPM-Solver++(2M), with ancestral its SDE variant, whose variance is always β̃
         generators  one torch.Generator for each image, on the device of noise: then an image does
                     not depend on the others of its batch. None: the global one
         Raises ValueError for another method, eta or order.
@@ -310,11 +312,11 @@ class Diffusion:
             if order == 2:
                 trend = x0_hat - (x0_hat if previous is None else previous)
                 ahead = x0_hat + self.extrapolation[i] * trend
-                # A learned Σ would count the error that is corrected here twice: hence β̃.
+                # Hence β̃: a learned Σ allows for x0_hat's error, of which less is left now.
                 mean, log_variance = self.posterior(ahead, x, t)
             if method == "ancestral":
                 std = torch.exp(0.5 * log_variance)
-            else:  # Song et al. 2021, eq. 12 and 16
+            else:  # Song et al. 2021, their (12) and (16)
                 eps = (x - self.sqrt_alphas_bar[i] * ahead) / self.sqrt_one_minus_alphas_bar[i]
                 before, variance = self.alphas_bar_prev[i], eta**2 * self.posterior_variance[i]
                 mean = before.sqrt() * ahead + (1 - before - variance).clamp(min=0).sqrt() * eps
@@ -385,7 +387,7 @@ def bits(nats):
 
 # ---- Randomness --------------------------------------------------------------------------------
 
-# What a generator is for, and where its indices begin, so that those of one seed all differ: the
+# Each use of a generator has its own range of indices, so that no two of a seed are equal: the
 # noise of training step i or of sampled image i, the masks of dropout, the order of an epoch.
 STREAMS = {"noise": 0, "dropout": 2**30, "order": 2**31}
 

@@ -1,4 +1,4 @@
-"""The network of Improved DDPM: a UNet from (x_t, t, y) to the noise in x_t and its variance.
+"""The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for Σ of p.
 
 The file holds, in this order: the network; its checkpoints, ours and OpenAI's; and what the two
 scripts share, from the device they run on to the picture that they draw. The layers have the order
@@ -43,8 +43,8 @@ class UNetConfig:
     dropout: float = 0.3
     num_classes: int | None = None  # None: unconditional
     scale_shift_norm: bool = True  # time scales and shifts the norm, instead of being added
-    norm_groups: int = 0  # the most groups that a norm has. 0: 32, but never so many that one has
-    # fewer than 4 channels, since groups of 1 channel would remove an image's mean colour
+    norm_groups: int = 0  # the most groups that a norm has. 0: at most 32, each of at least 4
+    # channels, since groups of 1 channel would remove an image's mean colour
     low_res: int | None = None  # an upsampler's: pixels a side of the small image it is given
     class_names: tuple[str, ...] | None = None  # of class 0, 1, 2, …
     label_dropout: float = 0.0  # share of the training images that were shown without their class
@@ -104,7 +104,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in
 
     def forward(self, x, t, y=None, low_res=None):
-        """Noise and variance (N, out_channels, S, S) of x (N, in_channels, S, S) at t (N,) float.
+        """ε and v (N, out_channels, S, S) for x (N, in_channels, S, S) at t (N,) float.
 
         y        (N,) int64, the class of each image, -1 for none; for a class-conditional network
         low_res  (N, in_channels, s, s) in [-1, 1], the small images; for an upsampler
@@ -194,7 +194,7 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels, groups):
         if channels % 4:
-            raise ValueError(f"--channels makes {channels} channels, which no groups of 4 can norm")
+            raise ValueError(f"--channels makes {channels} channels, which is no multiple of 4")
         most = groups or min(32, channels // 4)
         super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels)
 
@@ -248,7 +248,7 @@ OPENAI_FILES = {
 
 
 def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
-    """UNet with the EMA weights, in eval mode, and Diffusion's arguments, from a file alone.
+    """UNet with the EMA weights, in eval mode, and Diffusion's arguments, both from the file.
 
     The file is ours or one that openai/improved-diffusion released. Other plain state dicts of its
     UNets need the arguments after path. For all files, the given schedule, T and time_scale replace
@@ -271,7 +271,7 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint, or in that of a run's directory, once its checksums are verified.
+    """The dict in a checkpoint file, or in ckpt.pt of a directory, once its checksums are verified.
 
     Raises OSError, or ValueError if the file is damaged, foreign or newer than this code.
     """
@@ -284,7 +284,7 @@ def read_checkpoint(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or no checkpoint of weights only") from error
+        raise ValueError(f"{path} is damaged, or holds more than weights") from error
     if newer:
         raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
     return state
@@ -302,7 +302,7 @@ def from_openai(state, schedule, T, time_scale, num_heads):
     # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
     state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
     channels, in_channels = state["down.0.0.weight"].shape[:2]
-    # A convolution alone stands before the blocks of each resolution: here the blocks' first.
+    # The input and each downsampling are bare convolutions: `first` are the blocks after them.
     first = [i + 1 for i in range(len(state)) if f"down.{i}.0.weight" in state]
     mult = tuple(len(state[f"down.{i}.0.conv1.weight"]) // channels for i in first)
     size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
@@ -338,7 +338,7 @@ def run_script(main):
         memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not memory:
             raise  # a fault of the program, which its traceback tells
-        # What is wrong with the command is wrong on all ranks: one speaks. Later, each may.
+        # Errors before the ranks join are the same on all: one speaks. Later ones may differ.
         if LOCAL_RANK == 0 or dist.is_initialized():
             where = f"rank {RANK}: " if RANK > 0 else ""
             name = os.path.basename(sys.argv[0])
@@ -368,9 +368,9 @@ def report(line):
 
 
 def parse_flags(usage, flags, argv, preset_of):
-    """What was typed, {name: value}, and the values of all flags before it. Raises ValueError.
+    """The flags that were typed, {name: value}, and the defaults of all. Raises ValueError.
 
-    flags      the table {title: [(name, default, kind, meaning), …]}; for a kind, see within
+    flags      the table {title: [(name, default, kind, meaning), …]}; for a kind, see within()
     preset_of  a function from what was typed to the values that replace defaults
     """
     parser = argparse.ArgumentParser(
@@ -478,7 +478,8 @@ def join_ranks(device):
 
 @contextlib.contextmanager
 def one_rank_first():
-    """A context that the first rank of each machine goes through before the others do."""
+    """A context that the first rank of each machine goes through before the others do: each rank
+    passes one barrier, before or after it."""
     if LOCAL_RANK > 0:
         gather(torch.zeros(1))
     yield

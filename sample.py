@@ -19,7 +19,7 @@ import zlib
 from argparse import Namespace
 from functools import partial
 
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, not of these imports either
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, even of the imports below
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ whole, METHODS = within(1, 10**8), dict(choices=("ancestral", "ddim"))
 ORDERS, VARIANCES = dict(choices=(1, 2), type=int), dict(choices=("learned", "small", "large"))
 FLAGS = {
     "what to draw": [
-        ("ckpt", None, dict(metavar="FILE|DIR"), "the newest in runs/, else the one in assets/"),
+        ("ckpt", None, dict(metavar="FILE|DIR"), "checkpoint (default: the newest in runs/, else in assets/)"),
         ("n", None, whole, "images; 64, or with --low-res one for each small image"),
-        ("class", None, dict(metavar="NAME|K"), "of all images; in turn if not given"),
+        ("class", None, dict(metavar="NAME|K"), "of all images (default: all classes in turn)"),
         ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none"),
         ("low_res", None, dict(metavar="PATH"), "an upsampler's small images: X.npz, picture, folder"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of the images"),
@@ -55,15 +55,15 @@ FLAGS = {
         ("method", FEW_STEPS_SAMPLER["method"], METHODS, "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], ORDERS, "2 extrapolates from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
-        ("variance", None, VARIANCES, "variance of p; the checkpoint's"),
+        ("variance", None, VARIANCES, "variance of p, for --order 1 (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
     ],
     "what a plain state dict does not say": [
-        ("T", None, within(2, 10**5), "timesteps it was trained on; the checkpoint's"),
-        ("schedule", None, dict(choices=SCHEDULES), "noise schedule; the checkpoint's"),
-        ("time_scale", None, within(0, 1e6, float), "of t for the network; the checkpoint's"),
+        ("T", None, within(2, 10**5), "timesteps it was trained on (default: the checkpoint's)"),
+        ("schedule", None, dict(choices=SCHEDULES), "noise schedule (default: the checkpoint's)"),
+        ("time_scale", None, within(0, 1e6, float), "factor of t (default: the checkpoint's)"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
     ],
 }  # fmt: skip
@@ -103,7 +103,7 @@ def main():
         for i, frames in drawn:
             pixels[i] = frames
         if WORLD > 1:
-            dist.all_reduce(pixels)
+            dist.all_reduce(pixels)  # the images of other ranks are 0 here
         if RANK == 0:
             save_together(args.out, kind, pixels, labels, model.config.class_names, about(None))
     report(args.out)

@@ -31,13 +31,13 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # for log_ndtr
 
 
 def on_stop(handle):
-    """Have the signals to stop call handle, but for those that are ignored, as nohup does."""
+    """Let the signals to stop call handle, except those that are ignored, as under nohup."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
 
-on_stop(lambda number, _: sys.exit(128 + number))  # no traceback, not of these imports either
+on_stop(lambda number, _: sys.exit(128 + number))  # no traceback, even of the imports below
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def list_of_numbers(text):
 whole, share = within(1, 10**9), within(0, 1, float)
 wholes = dict(type=list_of_numbers, metavar="N,N")
 
-# Name, the paper's value on CIFAR-10, kind, and meaning.
+# Name, the paper's value on CIFAR-10 (of flip, Ho et al.'s), kind, and meaning.
 FLAGS = {
     "data": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
@@ -136,7 +136,7 @@ DIGITS = dict(
     batch=64, lr=1e-3, warmup=100, ema=0.995, log_every=40, sample_every=400, save_every=200,
 )  # fmt: skip
 FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
-OLDER = dict(label_dropout=0.0, low_res=None)  # what runs did before these flags
+OLDER = dict(label_dropout=0.0, low_res=None)  # of runs that are older than these flags
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
 
@@ -168,7 +168,7 @@ def train(config, state, device, dtype):
     params, averages = list(model.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
     fp16 = dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)  # 1: no scaling
     start, log = state.get("step", 0), Log(config, state, device)
     stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler)
     stateful |= {"scaler": scaler} if fp16 else {}
@@ -216,7 +216,7 @@ def train(config, state, device, dtype):
 
         # Now and then: a row of the log, a checkpoint, a grid of samples.
         done = step + 1
-        last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
+        last, stopping = done == config.steps, int(gather(stop).max())  # from the CPU: no wait
         if last or done % config.log_every == 0:
             log.write_row(done, lr, diffusion.prior(x0).mean())
         draws = config.sample_every and (last or done % config.sample_every == 0)
@@ -397,7 +397,7 @@ def load_data(config, network=None, held_out=False):
     """
     size, notes, labels = config.image_size, "", None
     if config.data == "digits":
-        images, names = draw_digits(20_000, size, config.seed + 2**32 * held_out)
+        images, names = draw_digits(20_000, size, config.seed + 2**32 * held_out)  # of other seeds
     elif config.data == "cifar10":
         images, names = load_cifar10(held_out)
     elif config.data.lower().endswith(".npz"):
@@ -522,8 +522,8 @@ def load_folder(root, size, config):
 def decode(root, size, paths, cache):
     """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
 
-    If it holds them, only those that could not be read are tried again. It gets its name once it is
-    complete: of two runs that decode at the same time, each makes a folder, and the last one stays.
+    If `cache` holds them, only those that could not be read are tried again. A new folder is named
+    `cache` once it is complete: of two runs that decode at a time, that of the last one stays.
     """
     read = partial(read_image, root, size)
     with contextlib.suppress(OSError, ValueError, EOFError):
@@ -621,7 +621,7 @@ def evaluate(config, model, device, dtype):
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
     n, stride = len(rows), config.batch * WORLD
     exact = config.eval_calls >= diffusion.num_steps
-    calls, p = (config.eval_calls - 3) // 2, None
+    calls, p = (config.eval_calls - 3) // 2, None  # two estimates of 1 + calls, and the pilot
     model.to(device)
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
 
@@ -693,7 +693,7 @@ def configure(argv):
         run, fixed, whose = OLDER | state["config"], preset.keys() - MAY_CHANGE, f"the run in {out}"
         before, now = run["data"], given.get("data", run["data"])
         if now != before and "out" not in given and os.path.exists(before):
-            raise ValueError(f"--data {now}: {whose} is one on {before}: give --out")
+            raise ValueError(f"--data {now}: {whose} is one on {before}; give another --out")
     elif weights:
         known = given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)
         model, process = load_checkpoint(weights, *known)
@@ -717,7 +717,7 @@ def configure(argv):
 
 
 def preset_of(given):
-    """What the data change of the paper's values. A folder's name is given a slash at its end."""
+    """What the data change of the paper's values. Adds a slash to a folder's name in `given`."""
     data, size = given.get("data", "digits"), 64
     if data in ("digits", "cifar10"):
         return DIGITS if data == "digits" else {}
