@@ -20,6 +20,7 @@ LAMBDA = 0.001  # weight of L_vlb in L_hybrid (eq. 16)
 # The default of the scripts: about the images that T calls draw, in few. Chosen by measurement.
 FEW_STEPS = dict(steps=25, spacing=1.0, min_alpha_bar=1e-4)
 FEW_STEPS_SAMPLER = dict(method="ancestral", order=2)
+METHODS = ("ancestral", "ddim")
 
 
 # ---- Noise schedules ---------------------------------------------------------------------------
@@ -249,8 +250,8 @@ class Diffusion:
         N, device = len(x0), x0.device
         p = p[1:] / p[1:].sum()
         u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, N, device=device)
-        drawn = 1 + torch.searchsorted(p.cumsum(0), u.to(p.dtype) / calls, right=True)
-        drawn = drawn.clamp(max=self.num_steps - 1)  # a sum of floats may end below 1
+        ends = p.cumsum(0)[:-1]  # the last is 1, but a sum of floats may end below it
+        drawn = 1 + torch.searchsorted(ends, u.to(p.dtype) / calls, right=True)
         weights = torch.cat([p.new_ones(1), 1 / (calls * p)]).to(x0.dtype)
         total = prior = self.prior(x0)
         terms = x0.new_full((N, self.num_steps), math.nan)
@@ -300,9 +301,9 @@ class Diffusion:
                     not depend on the others of its batch. None: the global one
         Raises ValueError for another method, eta or order.
         """
-        if method not in ("ancestral", "ddim") or not 0 <= eta <= 1 or order not in (1, 2):
+        if method not in METHODS or not 0 <= eta <= 1 or order not in (1, 2):
             given = f"{method=}, {eta=}, {order=}"
-            raise ValueError(f"method must be ancestral or ddim, eta 0 … 1, order 1 or 2: {given}")
+            raise ValueError(f"method must be in {METHODS}, eta 0 … 1, order 1 or 2: {given}")
         x, previous = noise, None
         for i in reversed(range(self.num_steps)):
             t = torch.full(x.shape[:1], i, device=x.device)

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from diffusion import (
-    FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, guided, randn,
+    FEW_STEPS, FEW_STEPS_SAMPLER, METHODS, SCHEDULES, Diffusion, generator, guided, randn,
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, join_ranks, load_checkpoint,
@@ -37,8 +37,7 @@ from model import (
     to_pixels, within, write,
 )  # fmt: skip
 
-whole, METHODS = within(1, 10**8), dict(choices=("ancestral", "ddim"))
-ORDERS, VARIANCES = dict(choices=(1, 2), type=int), dict(choices=("learned", "small", "large"))
+whole, VARIANCES = within(1, 10**8), dict(choices=("learned", "small", "large"))
 FLAGS = {
     "what to draw": [
         ("ckpt", None, dict(metavar="FILE|DIR"), "checkpoint (default: the newest in runs/, else in assets/)"),
@@ -52,8 +51,8 @@ FLAGS = {
     "the sampler": [
         ("steps", None, whole, f"network calls (default: {FEW_STEPS['steps']})"),
         ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "1 is even, 3 closer near t = 0"),
-        ("method", FEW_STEPS_SAMPLER["method"], METHODS, "sampler"),
-        ("order", FEW_STEPS_SAMPLER["order"], ORDERS, "2 extrapolates from the step before"),
+        ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
+        ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "2 extrapolates from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
         ("variance", None, VARIANCES, "variance of p, for --order 1 (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
@@ -154,9 +153,9 @@ def check(args):
 
 def newest_checkpoint():
     """The file of the newest run under runs/, else the one in assets/."""
-    found = sorted(filter(os.path.exists, glob.glob("runs/*/ckpt.pt")), key=os.path.getmtime)
     assets = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.pt")
-    return found[-1] if found else os.path.relpath(assets)
+    found = filter(os.path.exists, glob.glob("runs/*/ckpt.pt"))
+    return max(found, key=os.path.getmtime, default=os.path.relpath(assets))
 
 
 def choose_inputs(args, config):

@@ -4122,7 +4122,7 @@ def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
     picture("dogs/train/b.png", "lime")
     assert train_here(*TINY, "--data", "cats/train") == 0
     assert train_here(*TINY, "--data", "dogs/train") == 2
-    assert "--data dogs/train/: the run in runs/train is one on cats/train/" in errors(capsys)[-1]
+    assert "--data dogs/train/, but the run in runs/train has cats/train/" in errors(capsys)[-1]
     os.rename("cats/train", "moved")  # but data that moved are the same data
     os.makedirs("elsewhere")
     os.rename("moved", "elsewhere/train")

@@ -136,6 +136,7 @@ DIGITS = dict(
     batch=64, lr=1e-3, warmup=100, ema=0.995, log_every=40, sample_every=400, save_every=200,
 )  # fmt: skip
 FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
+PRESETS = {"digits": DIGITS, "cifar10": {}}
 OLDER = dict(label_dropout=0.0, low_res=None)  # of runs that are older than these flags
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
@@ -684,6 +685,8 @@ def configure(argv):
     data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
     out = given.get("out", os.path.join("runs", data))
     ckpt = os.path.join(out, "ckpt.pt")
+
+    # run: what the run to resume, or a checkpoint, says. fixed: of it, what no flag may change.
     run, fixed, state, model = {}, set(), {}, None
     weights = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
     if os.path.exists(ckpt) and not given.get("eval_only"):
@@ -691,12 +694,12 @@ def configure(argv):
         if not isinstance(state.get("config"), dict):
             raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
         run, fixed, whose = OLDER | state["config"], preset.keys() - MAY_CHANGE, f"the run in {out}"
-        before, now = run["data"], given.get("data", run["data"])
-        if now != before and "out" not in given and os.path.exists(before):
-            raise ValueError(f"--data {now}: {whose} is one on {before}; give another --out")
+        data = given.get("data", run["data"])
+        if data != run["data"] and "out" not in given and os.path.exists(run["data"]):
+            raise ValueError(f"--data {data}, but {whose} has {run['data']}: give another --out")
     elif weights:
-        known = given.get("schedule"), given.get("T"), None, given.get("num_heads", 4)
-        model, process = load_checkpoint(weights, *known)
+        schedule, T = given.get("schedule"), given.get("T")
+        model, process = load_checkpoint(weights, schedule, T, num_heads=given.get("num_heads", 4))
         run = process | {name: getattr(model.config, name) for name in SHAPE}
         run["class_cond"] = model.config.num_classes is not None
         fixed, whose, state = SHAPE | {"class_cond"}, weights, model
@@ -705,7 +708,8 @@ def configure(argv):
         else:
             values = model.state_dict()
             state = dict(unet=vars(model.config), model=values, ema=values)
-    for name in sorted(given.keys() & fixed):
+
+    for name in sorted(given.keys() & fixed & run.keys()):
         if given[name] != run[name]:
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(run[name])}"
             raise ValueError(f"{wrong}; leave it out, or take another --out or checkpoint")
@@ -719,8 +723,8 @@ def configure(argv):
 def preset_of(given):
     """What the data change of the paper's values. Adds a slash to a folder's name in `given`."""
     data, size = given.get("data", "digits"), 64
-    if data in ("digits", "cifar10"):
-        return DIGITS if data == "digits" else {}
+    if data in PRESETS:
+        return PRESETS[data]
     if data.lower().endswith(".npz"):
         size = load_npz(data)[0].shape[-1]
     else:
