@@ -3788,6 +3788,7 @@ def test_digits_show_the_digit_of_their_label_and_follow_from_the_seed():
         right += name == min(shapes, key=lambda k: ((drawn - shapes[k]) ** 2).sum())
         grey = np.tensordot([0.299, 0.587, 0.114], x, 1)
         assert grey.max() - grey.min() > 50
+        assert abs(grey - np.median(grey)).max() > 100  # white on dark paper, black on light
     assert right > 270
 
 
