@@ -18,8 +18,7 @@ from tqdm import tqdm
 LAMBDA = 0.001  # weight of L_vlb in L_hybrid (eq. 16)
 
 # The default of the scripts: about the images that T calls draw, in few. Chosen by measurement.
-FEW_STEPS = dict(steps=25, spacing=1.0, min_alpha_bar=1e-4)
-FEW_STEPS_SAMPLER = dict(method="ancestral", order=2)
+FEW_STEPS, FEW_STEPS_SAMPLER = 25, dict(method="ancestral", order=2)
 METHODS = ("ancestral", "ddim")
 
 
@@ -354,6 +353,15 @@ def guided(model, scale):
         return torch.cat([eps, cond[:, C:]], dim=1)
 
     return guided_model
+
+
+def few_steps(T, image_size):
+    """Diffusion's arguments for FEW_STEPS of images (N, C, image_size, image_size).
+
+    They begin where alphas_bar is 2/(H·W). At a larger one the mean of the pixels of x_t would show
+    the colour of x0, and pure noise, whose mean is 0 ± 1/sqrt(H·W), could not stand for x_t.
+    """
+    return dict(steps=min(FEW_STEPS, T), min_alpha_bar=2 / image_size**2)
 
 
 # ---- Gaussians ---------------------------------------------------------------------------------

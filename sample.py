@@ -29,7 +29,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from diffusion import (
-    FEW_STEPS, FEW_STEPS_SAMPLER, METHODS, SCHEDULES, Diffusion, generator, guided, randn,
+    FEW_STEPS, FEW_STEPS_SAMPLER, METHODS, SCHEDULES, Diffusion, few_steps, generator, guided,
+    randn,
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, join_ranks, load_checkpoint,
@@ -49,8 +50,8 @@ FLAGS = {
         ("out", "samples.png", dict(metavar="PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
-        ("steps", None, whole, f"network calls (default: {FEW_STEPS['steps']})"),
-        ("spacing", FEW_STEPS["spacing"], within(1, 10, float), "1 is even, 3 closer near t = 0"),
+        ("steps", None, whole, f"network calls (default: {FEW_STEPS})"),
+        ("spacing", 1.0, within(1, 10, float), "1 is even, 3 closer near t = 0"),
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "2 extrapolates from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
@@ -76,9 +77,10 @@ def main():
     small, labels = choose_inputs(args, model.config)
     if (args.steps or 1) > process["T"]:
         raise ValueError(f"--steps {args.steps}: the process has T = {process['T']}")
-    process["steps"] = args.steps or min(FEW_STEPS["steps"], process["T"])
+    few = few_steps(process["T"], model.config.image_size)
+    process["steps"] = args.steps or few["steps"]
     process["spacing"], process["variance"] = args.spacing, args.variance or process["variance"]
-    process["min_alpha_bar"] = FEW_STEPS["min_alpha_bar"] if args.order == 2 else 0.0
+    process["min_alpha_bar"] = few["min_alpha_bar"] if args.order == 2 else 0.0
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
     kind = check(args)
     device = pick_device(args.device)

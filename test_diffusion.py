@@ -47,8 +47,8 @@ import model as model_file
 import sampler as sampler_file
 import train
 from diffusion import (
-    Diffusion, bits, cosine_betas, decoder_log_likelihood, generator, guided, linear_betas,
-    normal_kl, randn as draw_noise,
+    Diffusion, bits, cosine_betas, decoder_log_likelihood, few_steps, generator, guided,
+    linear_betas, normal_kl, randn as draw_noise,
 )  # fmt: skip
 from model import (
     Attention, GroupNorm, ResBlock, UNet, UNetConfig, attend, draw_grid,
@@ -2873,7 +2873,7 @@ def drawn_by_hand(run, n, y, low_res=None):
     generators = [generator(state["config"]["seed"], i) for i in range(n)]
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generators])
     T, more = state["diffusion"]["T"], {} if low_res is None else {"low_res": low_res}
-    diffusion = Diffusion(**state["diffusion"], steps=min(25, T), min_alpha_bar=1e-4)
+    diffusion = Diffusion(**state["diffusion"], steps=min(25, T), min_alpha_bar=2 / 64)
 
     def net(x, t, y):
         return model(x, t, y, **more)
@@ -4904,6 +4904,16 @@ def test_each_flag_of_the_sampler_reaches_it_and_changes_the_image(here, monkeyp
         assert abs(a[0] - b[0]).max() > 1, (one, other)
 
 
+def test_few_steps_begin_where_the_mean_of_the_pixels_is_mostly_noise():
+    assert few_steps(4000, 32) == dict(steps=25, min_alpha_bar=1 / 512)
+    assert few_steps(7, 16)["steps"] == 7
+    # The mean of S·S pixels of x_t is sqrt(alphas_bar)·m + noise of 1/S: for colours m of ±0.5 or
+    # so, the signal may not stand out of the noise with which sampling begins.
+    for size in (8, 64, 256):
+        signal = 0.5 * few_steps(1000, size)["min_alpha_bar"] ** 0.5
+        assert 0.5 / size < signal < 1 / size
+
+
 @pytest.mark.parametrize(
     "flags, T, times",
     [
@@ -4921,9 +4931,9 @@ def test_the_network_is_shown_the_timesteps_that_were_asked_for(flags, T, times,
     checkpoint("ckpt.pt", T=T)
     seen = see_network(monkeypatch)
     sample("--ckpt", "ckpt.pt", "--n", 2, *flags.split())
-    if times is None:  # second order begins where alphas_bar is still 1e-4
-        last = np.flatnonzero(cosine(T) >= 1e-4).max()
-        assert 980 < last < 999
+    if times is None:  # second order begins where alphas_bar is still 2 / (8·8)
+        last = np.flatnonzero(cosine(T) >= 2 / 64).max()
+        assert 800 < last < 950
         steps = 4 if "--steps" in flags else 25
         times = [round(i * last / (steps - 1)) for i in range(steps)]
     expected = [t * 1000 / T for t in reversed(times)]

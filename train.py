@@ -47,7 +47,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from diffusion import FEW_STEPS, FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, generator, randn
+from diffusion import FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, few_steps, generator, randn
 from model import (
     DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, autocast, draw_grid, first_line,
     flag, join_ranks, load_checkpoint, load_npz, one_rank_first, parse_flags, pick_device,
@@ -324,8 +324,8 @@ def draw_samples(config, step, average, images, labels, device, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
     one. They are drawn in parts as large as training has. A failure does not end the run."""
     n, columns = (16, 12) if config.low_res else (64, 8)
-    process = {name: getattr(config, name) for name in PROCESS} | FEW_STEPS
-    process["steps"] = min(config.T, FEW_STEPS["steps"])
+    process = {name: getattr(config, name) for name in PROCESS}
+    process |= few_steps(config.T, config.image_size)
     at_once = max(1, config.batch // WORLD // config.accum)
     tiles = []
     try:
