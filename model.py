@@ -8,7 +8,6 @@ The network knows nothing of schedules or data.
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import math
 import os
@@ -438,8 +437,6 @@ def pick_device(name):
     name = next(n for n in found if found[n]) if name == "auto" else name
     if not found[name]:
         raise ValueError(f"--device {name}: there is none here")
-    if name == "cpu":
-        keep_freed_memory()
     if name != "cuda":
         return torch.device(name)
     if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -485,14 +482,6 @@ def one_rank_first():
     yield
     if LOCAL_RANK == 0:
         gather(torch.zeros(1))
-
-
-def keep_freed_memory():
-    """Have glibc, where there is one, keep the memory of one step for the next: 6 % of a step."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        malloc_option = ctypes.CDLL(None).mallopt
-        malloc_option(-3, 2**25)  # M_MMAP_THRESHOLD
-        malloc_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def write(path, save):

@@ -64,7 +64,7 @@ class ImportanceSampler(torch.nn.Module):
         t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
         t, finite = t.long(), losses.isfinite()
         same = (t[:, None] == t) & finite  # which losses belong to the same t
-        before, after = same.tril(-1).sum(1), same.triu(1).sum(1)  # of them, in the batch
+        before, after = same.tril(-1).sum(1), same.triu(1).sum(1)  # earlier and later ones
         kept = finite & (after < self.history)  # of many at one t, the last `history` stay
         rows = torch.cat([self.losses, self.losses[:1]])  # row T takes what is not kept
         rows[torch.where(kept, t, self.T), (self.counts[t] + before) % self.history] = losses

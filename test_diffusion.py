@@ -8,7 +8,6 @@ to the bit is claimed for CPUs, and a wrong device must be wrong everywhere.
 
 import collections
 import contextlib
-import ctypes
 import errno
 import fcntl
 import functools
@@ -52,7 +51,7 @@ from diffusion import (
 )  # fmt: skip
 from model import (
     Attention, GroupNorm, ResBlock, UNet, UNetConfig, attend, draw_grid,
-    keep_freed_memory, load_checkpoint, pick_device, pick_dtype, read_checkpoint, run_script,
+    load_checkpoint, pick_device, pick_dtype, read_checkpoint, run_script,
     save_checkpoint, timestep_embedding, to_pixels,
 )  # fmt: skip
 from sampler import ImportanceSampler, UniformSampler
@@ -1501,23 +1500,6 @@ def test_ranks_wait_for_hours_for_one_that_works_alone(monkeypatch):
         model_file.join_ranks(torch.device(device))
         given, more = joined.pop()
         assert given == (backend,) and more["timeout"].total_seconds() >= 6 * 3600
-
-
-def test_freed_memory_is_kept_where_glibc_is_and_nothing_fails_elsewhere(monkeypatch):
-    calls = []
-    libc = types.SimpleNamespace(mallopt=lambda *given: calls.append(given))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
-    keep_freed_memory()
-    # glibc's malloc.h: M_MMAP_THRESHOLD is -3, at most 32 MB; M_TRIM_THRESHOLD is -1.
-    assert sorted(calls) == [(-3, 32 * 2**20), (-1, 2**31 - 1)]
-    calls.clear()
-    pick_device("cpu")
-    assert len(calls) == 2
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # macOS has no mallopt
-    keep_freed_memory()
-    for error in (OSError, TypeError):  # Windows has no CDLL(None)
-        monkeypatch.setattr(ctypes, "CDLL", lambda name, error=error: (_ for _ in ()).throw(error))
-        keep_freed_memory()
 
 
 @contextlib.contextmanager

@@ -709,9 +709,9 @@ def configure(argv):
             values = model.state_dict()
             state = dict(unet=vars(model.config), model=values, ema=values)
 
-    for name in sorted(given.keys() & fixed & run.keys()):
-        if given[name] != run[name]:
-            wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(run[name])}"
+    for name in sorted(given.keys() & fixed):
+        if given[name] != (held := run.get(name, preset[name])):
+            wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(held)}"
             raise ValueError(f"{wrong}; leave it out, or take another --out or checkpoint")
     config = Namespace(**preset | {"time_scale": None, "ckpt": ckpt} | run | given | {"out": out})
     if model and config.variance == "learned" and model.config.out_channels == 3:
