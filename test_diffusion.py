@@ -32,6 +32,7 @@ import time
 import types
 import zlib
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # one thread: tiny networks
 
@@ -3016,10 +3017,8 @@ sys.exit(statuses["endless"])
 """
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The folder in which two ranks of torchrun have done the above, and been sent SIGTERM."""
-    folder = tmp_path_factory.mktemp("ranks")
+def run_two_ranks(folder):
+    """Have two ranks of torchrun do the above in a folder, then send them SIGTERM."""
     (folder / "elsewhere").mkdir()
     make_npz(folder / "x.npz")
     make_npz(folder / "elsewhere" / "x.npz")
@@ -3043,9 +3042,17 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks(request, tmp_path_factory):
+    """What becomes the folder of two ranks, who run beside the first tests: they take 20 s."""
+    wanted = any("ranks" in item.fixturenames for item in request.session.items)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run_two_ranks, tmp_path_factory.mktemp("ranks")) if wanted else None
+
+
 @pytest.fixture
 def ranks(two_ranks, monkeypatch):
-    monkeypatch.chdir(two_ranks)
+    monkeypatch.chdir(two_ranks.result())
     return [json.load(open(f"statuses{rank}.json")) for rank in range(2)]
 
 
