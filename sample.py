@@ -55,7 +55,7 @@ FLAGS = {
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "2 extrapolates from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
-        ("variance", None, VARIANCES, "variance of p, for --order 1 (default: the checkpoint's)"),
+        ("variance", None, VARIANCES, "variance of p (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
@@ -142,6 +142,8 @@ def check(args):
         raise ValueError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
     if args.eta and args.method != "ddim":
         raise ValueError("--eta is for --method ddim")
+    if args.variance and (args.order == 2 or args.method == "ddim"):
+        raise ValueError("--variance is for --order 1 --method ancestral: others have their own")
     if args.n > 4096 and kind in (".png", ".gif"):
         raise ValueError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
     if kind == ".npz" and os.path.exists(args.out):

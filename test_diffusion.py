@@ -5071,12 +5071,12 @@ def test_arrays_that_exist_are_not_overwritten(here, capsys):
 def test_a_picture_tells_how_it_was_drawn(here):
     model = checkpoint("a.pt", **CLASSES, label_dropout=0.1)
     flags = "--n 2 --seed 5 --steps 3 --spacing 2 --method ddim --order 1 --eta 0.5 --guidance 2"
-    sample("--ckpt", "a.pt", *flags.split(), "--variance", "small", "--out", "images")
-    sample("--ckpt", "a.pt", *flags.split(), "--variance", "small", "--out", "grid.png")
+    sample("--ckpt", "a.pt", *flags.split(), "--out", "images")
+    sample("--ckpt", "a.pt", *flags.split(), "--out", "grid.png")
     weights = torch.cat([p.flatten() for p in model.parameters()]).detach().numpy()
     expected = {
         "seed": "5", "steps": "3", "spacing": "2.0", "method": "ddim", "order": "1", "eta": "0.5",
-        "guidance": "2.0", "variance": "small", "schedule": "cosine", "T": "20",
+        "guidance": "2.0", "variance": "learned", "schedule": "cosine", "T": "20",
         "weights": f"{zlib.crc32(weights):08x}",
     }  # fmt: skip
     for name in ("images/000001.png", "grid.png"):
@@ -5280,6 +5280,7 @@ BAD_SAMPLE = """
     --steps=0|--steps --steps=x|--steps --steps=21|--steps.21 --spacing=0.5|--spacing --spacing=11|--spacing
     --method=euler|--method --order=3|--order --order=x|--order --eta=1|--eta.*--method
     --method=ddim,--eta=2|--eta --method=ddim,--eta=nan|--eta --variance=fixed|--variance
+    --variance=small|--variance.*--order.1 --method=ddim,--order=1,--variance=large|--variance
     --batch=0|--batch --batch=x|--batch --device=gpu|--device --dtype=fp8|--dtype
     --T=1|--T --schedule=x|--schedule --time-scale=-1|--time-scale --num-heads=0|--num-heads
     --unknown|--unknown --step=3|--step word|word

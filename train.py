@@ -175,7 +175,7 @@ def train(config, state, device, dtype):
     stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler)
     stateful |= {"scaler": scaler} if fp16 else {}
     if start:
-        say(f"resuming {config.out} after update {start}")
+        say(f"resuming {config.out} after update {start} of {config.steps}")
     for name in stateful.keys() & state.keys():
         stateful[name].load_state_dict(state.pop(name))
     about = dict(config=vars(config), unet=vars(network), diffusion=process)
