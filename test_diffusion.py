@@ -2628,7 +2628,9 @@ def test_a_finished_run_is_left_as_it_is(whole, with_arrays, capsys):
     before = [file.read_bytes() for file in files]
     for steps in (9, 5):
         assert script("train.py", "--out", whole, "--steps", steps) == 0
-        assert capsys.readouterr().out == f"{whole}/ckpt.pt\n"
+        out, err = capsys.readouterr()
+        assert out == f"{whole}/ckpt.pt\n"
+        assert f"resuming {whole} after update 9 of {steps}\n" in err
     assert [file.read_bytes() for file in files] == before
 
 
