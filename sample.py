@@ -64,7 +64,7 @@ FLAGS = {
         ("T", None, within(2, 10**5), "timesteps it was trained on (default: the checkpoint's)"),
         ("schedule", None, dict(choices=SCHEDULES), "noise schedule (default: the checkpoint's)"),
         ("time_scale", None, within(0, 1e6, float), "factor of t (default: the checkpoint's)"),
-        ("num_heads", 4, within(1, 4096), "heads of attention"),
+        ("num_heads", None, within(1, 4096), "heads of attention (default: 4)"),
     ],
 }  # fmt: skip
 
@@ -73,7 +73,10 @@ def main():
     given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, sys.argv[1:], lambda _: {})
     args = Namespace(**preset | given)
     path = args.ckpt or newest_checkpoint()
-    model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
+    heads = args.num_heads or 4
+    model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, heads)
+    if args.num_heads and args.num_heads != (held := model.config.num_heads):
+        raise ValueError(f"--num-heads {args.num_heads}: {path} has {held}")
     small, labels = choose_inputs(args, model.config)
     if (args.steps or 1) > process["T"]:
         raise ValueError(f"--steps {args.steps}: the process has T = {process['T']}")

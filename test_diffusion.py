@@ -3243,6 +3243,20 @@ def test_files_added_removed_and_changed_are_noticed_also_behind_links(place):
     assert load("p")[0] == ["lime", "lime", "red", "white"]
 
 
+def test_a_change_that_keeps_size_and_time_is_noticed(place):
+    for colour in ("red", "lime", "blue"):  # as from an archive whose files all have one date
+        picture(f"far/{colour}.bmp", colour)
+        os.utime(f"far/{colour}.bmp", (10**9, 10**9))
+    os.makedirs("p")
+    os.symlink("../far/red.bmp", "p/a.bmp")
+    assert load("p")[0] == ["red"]
+    os.remove("p/a.bmp")
+    os.symlink("../far/lime.bmp", "p/a.bmp")
+    assert load("p")[0] == ["lime"]
+    shutil.copy2("far/blue.bmp", "far/lime.bmp")
+    assert load("p")[0] == ["blue"]
+
+
 def test_two_folders_of_one_name_and_two_sizes_are_kept_apart(place):
     for root, colour in (("A", "red"), ("B", "lime")):
         picture(f"{root}/train/0.bmp", colour)
@@ -5285,7 +5299,7 @@ BAD_SAMPLE = """
     --variance=small|--variance.*--order.1 --method=ddim,--order=1,--variance=large|--variance
     --batch=0|--batch --batch=x|--batch --device=gpu|--device --dtype=fp8|--dtype
     --T=1|--T --schedule=x|--schedule --time-scale=-1|--time-scale --num-heads=0|--num-heads
-    --unknown|--unknown --step=3|--step word|word
+    --num-heads=4|--num-heads.4.*ckpt.pt.has.2 --unknown|--unknown --step=3|--step word|word
 """.split()
 
 

@@ -553,7 +553,7 @@ def decode(root, size, paths, cache):
 
 
 def list_images(root, leave_out):
-    """What lies below root, links followed -> [(path, size, time)] of the images, the folders in
+    """What lies below root, links followed -> [(path, size, times)] of the images, the folders in
     root, {path: reason} of what was left out, {suffix: number} of files that Pillow does not open.
 
     Not entered are hidden names, the folders in leave_out, other runs, links that lead back to a
@@ -586,7 +586,7 @@ def list_images(root, leave_out):
                 elif suffix not in suffixes:
                     others[printable(suffix) or "no suffix"] += 1
                 elif entry.is_file():
-                    listing.append((path, about.st_size, about.st_mtime_ns))
+                    listing.append((path, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
                 else:
                     left_out[path] = "not a regular file"
             except OSError as error:
