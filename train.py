@@ -13,7 +13,6 @@ The same command again resumes the run from its last checkpoint, on any number o
 import contextlib
 import copy
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -165,6 +164,7 @@ def train(config, state, device, dtype):
     # The process, and what trains the network. All that has a state goes into the checkpoint.
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process).to(device)
+    few = Diffusion(**process | few_steps(config.T, config.image_size)).to(device)  # for samples
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     params, averages = list(model.parameters()), list(average.parameters())
@@ -228,7 +228,7 @@ def train(config, state, device, dtype):
             if RANK == 0:
                 save_checkpoint(ckpt, about | states)
         if RANK == 0 and draws and not stopping:
-            draw_samples(config, done, average, images, labels, device, dtype)
+            draw_samples(config, done, average, few, images, labels, device, dtype)
         if stopping:
             gather(stop)  # the other ranks wait until rank 0 has saved
             raise SystemExit(128 + stopping)
@@ -320,21 +320,17 @@ def catch_signals():
     return stop
 
 
-def draw_samples(config, step, average, images, labels, device, dtype):
+def draw_samples(config, step, average, diffusion, images, labels, device, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
     one. They are drawn in parts as large as training has. A failure does not end the run."""
     n, columns = (16, 12) if config.low_res else (64, 8)
-    process = {name: getattr(config, name) for name in PROCESS}
-    process |= few_steps(config.T, config.image_size)
-    at_once = max(1, config.batch // WORLD // config.accum)
     tiles = []
     try:
-        diffusion = Diffusion(**process).to(device)
-        for rows in np.array_split(np.arange(n), math.ceil(n / at_once)):
-            x0, y = to_device(images, labels, rows % len(images), device)
+        for part in torch.arange(n).split(config.batch // WORLD // config.accum):
+            x0, y = to_device(images, labels, part.numpy() % len(images), device)
             if y is not None and not config.low_res:
-                y = torch.from_numpy(rows).to(device) % average.config.num_classes
-            generators = [generator(config.seed, i, device) for i in rows.tolist()]
+                y = part.to(device) % average.config.num_classes
+            generators = [generator(config.seed, i, device) for i in part.tolist()]
             noise = randn(x0.shape[1:], generators)
             net = give_low_res(average, x0, config.low_res)
             with autocast(device, dtype):
