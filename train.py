@@ -766,24 +766,22 @@ def main():
     start = state.get("step", 0)
     if (gather(torch.tensor([start])) != start).any():
         raise ValueError("the ranks see different checkpoints: nodes must share --out")
-    with lock(os.path.join(config.out, ".lock")) if RANK == 0 else contextlib.nullcontext():
+    with open(os.path.join(config.out, ".lock"), "w") as file:
+        if RANK == 0:
+            lock(file, config.out)
         train(config, state, device, dtype)
 
 
-@contextlib.contextmanager
-def lock(path):
+def lock(file, out):
     """Refuse to write where another run does. Where nothing can be locked, say so and go on."""
-    with open(path, "w") as file:
-        try:
-            import fcntl  # which Windows does not have
+    try:
+        import fcntl  # which Windows does not have
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            where = os.path.dirname(path)
-            raise ValueError(f"another run is writing to {where}: take another --out") from error
-        except (OSError, ImportError) as error:
-            say(f"{path} cannot be locked ({error}): do not start a second run there")
-        yield
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}: take another --out") from error
+    except (OSError, ImportError) as error:
+        say(f"{file.name} cannot be locked ({error}): do not start a second run there")
 
 
 if __name__ == "__main__":
