@@ -616,40 +616,39 @@ def evaluate(config, model, device, dtype):
     diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
     images, labels, _ = load_data(config, model.config, held_out=True)
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
-    n, stride = len(rows), config.batch * WORLD
-    exact = config.eval_calls >= diffusion.num_steps
-    calls, p = (config.eval_calls - 3) // 2, None  # two estimates of 1 + calls, and the pilot
+    n, mine = len(rows), rows[RANK::WORLD]
     model.to(device)
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
+    exact = config.eval_calls >= diffusion.num_steps
+    if not exact:  # two estimates of 1 + calls, and a pilot of at most one call for each image
+        calls, few = (config.eval_calls - 3) // 2, max(1, n // WORLD // 32)
+        x0, y = to_device(images, labels, rows[: min(few, config.batch)], device)
+        with autocast(device, dtype):
+            p = diffusion.pilot(give_low_res(model, x0, config.low_res), x0, y)
 
     # For each image the bound, half the difference of the estimates, and the prior. For each t the
     # sum of all L_t, and their number.
     bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
-    bar = tqdm(range(RANK, n, stride), "bits/dim", disable=not TTY or RANK > 0)
+    bar = tqdm(range(0, len(mine), config.batch), "bits/dim", disable=not TTY or RANK > 0)
     for start in bar:
-        x0, y = to_device(images, labels, rows[start : start + stride : WORLD], device)
+        x0, y = to_device(images, labels, mine[start : start + config.batch], device)
         net = give_low_res(model, x0, config.low_res)
         with autocast(device, dtype):
             if exact:
                 terms, prior = diffusion.bits_per_dim(net, x0, y, progress=not bar.disable)
                 total = other = terms.sum(1) + prior
             else:
-                if p is None:  # the pilot costs at most one call for each image
-                    few = slice(max(1, n // WORLD // 32))
-                    pilot_net = give_low_res(model, x0[few], config.low_res)
-                    p = diffusion.pilot(pilot_net, x0[few], None if y is None else y[few])
                 total, terms, prior = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
                 other, more, _ = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
                 terms = torch.cat([terms, more])
         bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
         bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}")
-    total, difference, prior = gather(torch.cat(bounds).double()).unbind(1)
+    total, half, prior = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
 
     # The bound and its errors, its parts, and a file of its terms.
-    error = difference.norm() / n
-    errors = "every term computed" if exact else f"± {error:.4f} (timesteps and noise)"
+    errors = "every term computed" if exact else f"± {half.norm() / n:.4f} (timesteps and noise)"
     if n > 1:
         errors += f", ± {total.std() / n**0.5:.4f} (with the choice of images)"
     else:
@@ -658,13 +657,13 @@ def evaluate(config, model, device, dtype):
     L_t = sums / draws
     kls = (total - prior).mean() - L_t[0]
     report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
-    taken = draws.nonzero().flatten().tolist()
-    lines = ["t,bits_per_dim,draws", *(f"{t},{L_t[t]:.6g},{draws[t]:.0f}" for t in taken), ""]
+    t = draws.nonzero().flatten()
+    table, head = torch.stack([t, L_t[t], draws[t]], 1).numpy(), "t,bits_per_dim,draws"
     run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
     path = os.path.join(run, "terms.csv")
     try:
         if RANK == 0:
-            write(path, lambda file: file.write("\n".join(lines).encode()))
+            write(path, partial(np.savetxt, X=table, fmt="%d,%.6g,%d", header=head, comments=""))
         say(f"wrote {path}")
     except OSError as error:  # beside a checkpoint that others own, say
         say(str(error))
