@@ -22,7 +22,6 @@ import tempfile
 import time
 import warnings
 from argparse import ArgumentTypeError, Namespace
-from collections import Counter
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 
@@ -506,7 +505,7 @@ def load_folder(root, size, config):
         named = some([f"{printable(path)} ({why})" for path, why in bad], 5)
         notes += f"; {len(bad)} left out: {named}"
     if others:
-        notes += f"; {others.total()} not looked at ({some(sorted(others), 5)})"
+        notes += f"; {len(others)} not looked at ({some(sorted(set(others)), 5)})"
     names = [path.split(os.sep)[0] for path in good]
     if config.class_cond and (empty := sorted(folders - set(names) - set(left_out))):
         notes += f"; no images in {some([printable(name) for name in empty])}"
@@ -530,7 +529,6 @@ def decode(root, size, paths, cache):
         if complete and all(isinstance(reason, str) for reason in broken.values()):
             return good, broken
     good, broken = [], {}
-    os.makedirs(os.path.dirname(cache), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(cache), suffix=".tmp") as work:
         folder = os.path.join(work, "images")
         os.mkdir(folder)
@@ -550,14 +548,14 @@ def decode(root, size, paths, cache):
 
 def list_images(root, leave_out):
     """What lies below root, links followed -> [(path, size, times)] of the images, the folders in
-    root, {path: reason} of what was left out, {suffix: number} of files that Pillow does not open.
+    root, {path: reason} of what was left out, the suffixes of files that Pillow does not open.
 
     Not entered are hidden names, the folders in leave_out, other runs, links that lead back to a
     folder which contains them, and any folder of a class for a second time.
     """
     suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
     suffixes.add(".mpo")  # which Pillow opens as a JPEG
-    listing, left_out, others, entered = [], {}, Counter(), set()
+    listing, left_out, others, entered = [], {}, [], set()
     leave_out = {os.path.realpath(path) for path in leave_out}
     outer = os.path.join(os.path.realpath(root), "")
 
@@ -580,7 +578,7 @@ def list_images(root, leave_out):
                 if entry.is_dir():
                     enter(path)
                 elif suffix not in suffixes:
-                    others[printable(suffix) or "no suffix"] += 1
+                    others.append(printable(suffix) or "no suffix")
                 elif entry.is_file():
                     listing.append((path, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
                 else:
@@ -589,8 +587,7 @@ def list_images(root, leave_out):
                 left_out[path] = error.strerror
 
     enter("")
-    folders = {name for name, real in entered if name}
-    return sorted(listing), folders, left_out, others
+    return sorted(listing), {name for name, _ in entered if name}, left_out, others
 
 
 def read_image(root, size, path):
