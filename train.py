@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -251,7 +250,7 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
     """One step of AdamW -> the norm of the gradient. If that is not finite, no step is taken: the
     fused optimizer decides so on the device, for which the host need not wait."""
     scaler.unscale_(optimizer)
-    norm = clip_grad_norm_(params, grad_clip or 1e30)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)
     scaler.step(optimizer)
     scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
     optimizer.zero_grad()
@@ -278,8 +277,8 @@ class Log:
     def add(self, means, norm):
         """Book an update: its mean loss and bits/dim (2,), and the norm of its gradient."""
         taken = norm.isfinite().float()
-        values = torch.stack([*means, norm]).where(taken > 0, 0).nan_to_num(0, 0, 0)
-        self.sums[:5] += torch.cat([values, torch.stack([taken, 1 - taken])])
+        values = torch.stack([*means, norm]).nan_to_num(0, 0, 0) * taken
+        self.sums[:5] += torch.stack([*values, taken, 1 - taken])
         self.sums[5] = (self.sums[5] + 1) * (1 - taken)
         self.bar.update()
 
