@@ -221,8 +221,7 @@ def train(config, state, device, dtype):
             log.write_row(done, lr, diffusion.prior(x0).mean())
         draws = config.sample_every and (last or done % config.sample_every == 0)
         if last or stopping or draws or done % config.save_every == 0:
-            states = {name: each.state_dict() for name, each in stateful.items()}
-            states |= log.state(done)
+            states = {name: each.state_dict() for name, each in stateful.items()} | log.state(done)
             if RANK == 0:
                 save_checkpoint(ckpt, about | states)
         if RANK == 0 and draws and not stopping:
