@@ -359,6 +359,11 @@ def say(message):
         tqdm.write(message, file=sys.stderr)
 
 
+def some(names, most=10):
+    """The first of these names, in a message, and how many more there are."""
+    return ", ".join(names[:most]) + f", … ({len(names) - most} more)" * (len(names) > most)
+
+
 def report(line):
     """Print a result to stdout, from one rank."""
     if RANK == 0:

@@ -34,7 +34,7 @@ from diffusion import (
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, join_ranks, load_checkpoint,
-    load_npz, parse_flags, pick_device, pick_dtype, read_picture, report, run_script, say,
+    load_npz, parse_flags, pick_device, pick_dtype, read_picture, report, run_script, say, some,
     to_pixels, within, write,
 )  # fmt: skip
 
@@ -199,8 +199,7 @@ def class_number(name, config, where):
         return names.index(name)
     if name.isdecimal() and int(name) < config.num_classes:
         return int(name)
-    known = ", ".join(names[:10]) + ", …" * (len(names) > 10)
-    raise ValueError(f"{where} {name}: the network has no such class, but {known}")
+    raise ValueError(f"{where} {name}: the network has no such class, but {some(names)}")
 
 
 def load_small(path, size):

@@ -48,8 +48,8 @@ from diffusion import FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, few_steps, genera
 from model import (
     DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, autocast, draw_grid, first_line,
     flag, join_ranks, load_checkpoint, load_npz, one_rank_first, parse_flags, pick_device,
-    pick_dtype, read_checkpoint, read_picture, report, run_script, save_checkpoint, say, spelt,
-    to_pixels, within, write,
+    pick_dtype, read_checkpoint, read_picture, report, run_script, save_checkpoint, say, some,
+    spelt, to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -438,10 +438,6 @@ def natural(name):
     """A key for sorting by the numbers in names: text and numbers take turns."""
     parts = enumerate(re.split("([0-9]+)", name))
     return [int(part) if k % 2 else part for k, part in parts], name
-
-
-def some(names, most=10):
-    return ", ".join(names[:most]) + f", … ({len(names) - most} more)" * (len(names) > most)
 
 
 @lru_cache(2**16)
