@@ -423,15 +423,13 @@ def number_classes(found, network, data):
     """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
     if network is None:
         return tuple(sorted(found, key=natural))
-    if network.class_names is None:  # OpenAI's files and our older ones: by place, in plain order
-        if len(found) != network.num_classes:
-            known = f"the network knows {network.num_classes}"
-            raise ValueError(f"--data {data} has {len(found)} classes, {known}")
-        return tuple(sorted(found))
-    if unknown := sorted(found - set(network.class_names)):
-        known = some(network.class_names)
-        raise ValueError(f"--data {data} has a class {unknown[0]}; the network's are {known}")
-    return network.class_names
+    # OpenAI's files and our older ones hold no names: they number the classes in plain order.
+    names, known = network.class_names or tuple(sorted(found)), network.num_classes
+    if len(names) != known:
+        raise ValueError(f"--data {data} has {len(names)} classes, the network knows {known}")
+    if unknown := sorted(found - set(names)):
+        raise ValueError(f"--data {data} has a class {unknown[0]}; the network's are {some(names)}")
+    return names
 
 
 def natural(name):
