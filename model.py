@@ -436,19 +436,22 @@ def spelt(value):
 
 
 def pick_device(name):
-    """The torch.device for auto (the best), cpu, cuda or mps. Under torchrun, each rank of a machine
-    has a GPU of its own. Raises ValueError."""
+    """The torch.device for auto (the best), cpu, cuda or mps. Under torchrun, the ranks are joined,
+    and each rank of a machine has a GPU of its own. Raises ValueError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(n for n in found if found[n]) if name == "auto" else name
     if not found[name]:
         raise ValueError(f"--device {name}: there is none here")
-    if name != "cuda":
-        return torch.device(name)
-    if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise ValueError("more ranks than GPUs: give torchrun a smaller --nproc-per-node")
-    torch.backends.cudnn.benchmark = True
-    torch.cuda.set_device(LOCAL_RANK)
-    return torch.device(name, LOCAL_RANK)
+    device, backend = torch.device(name), "gloo"
+    if name == "cuda":
+        if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise ValueError("more ranks than GPUs: give torchrun a smaller --nproc-per-node")
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.set_device(LOCAL_RANK)
+        device, backend = torch.device(name, LOCAL_RANK), "cpu:gloo,cuda:nccl"
+    if WORLD > 1:  # one rank may draw a grid or decode images alone, for which the others wait
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    return device
 
 
 def pick_dtype(name, device):
@@ -469,13 +472,6 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     """A context in which the network computes matrix products in dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def join_ranks(device):
-    """Join the ranks of torchrun. One may draw a grid or decode images alone: the others wait."""
-    if WORLD > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
 
 
 @contextlib.contextmanager

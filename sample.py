@@ -33,9 +33,8 @@ from diffusion import (
     randn,
 )  # fmt: skip
 from model import (
-    DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, join_ranks, load_checkpoint,
-    load_npz, parse_flags, pick_device, pick_dtype, read_picture, report, run_script, say, some,
-    to_pixels, within, write,
+    DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, load_checkpoint, load_npz, parse_flags,
+    pick_device, pick_dtype, read_picture, report, run_script, say, some, to_pixels, within, write,
 )  # fmt: skip
 
 whole, VARIANCES = within(1, 10**8), dict(choices=("learned", "small", "large"))
@@ -87,7 +86,6 @@ def main():
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
     kind = check(args)
     device = pick_device(args.device)
-    join_ranks(device)
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws the images of its own; a folder is resumed where it was left.

@@ -1497,8 +1497,12 @@ def test_ranks_wait_for_hours_for_one_that_works_alone(monkeypatch):
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *given, **more: joined.append((given, more))
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for device, backend in (("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")):
-        model_file.join_ranks(torch.device(device))
+        pick_device(device)
         given, more = joined.pop()
         assert given == (backend,) and more["timeout"].total_seconds() >= 6 * 3600
 
@@ -2978,7 +2982,7 @@ sys.path.insert(0, root)
 import torch.distributed as dist
 import train
 
-train.join_ranks = lru_cache(train.join_ranks)  # once for all runs
+train.pick_device = lru_cache(train.pick_device)  # the ranks join once for all runs
 leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 rank, statuses, load_batch = int(os.environ["RANK"]), {}, train.load_batch
 
@@ -4252,7 +4256,7 @@ def as_one_of(patch, rank, ranks):
     """Have the scripts believe that they are one of several ranks."""
     patch.setattr(model_file, "RANK", rank)
     patch.setattr(model_file, "WORLD", ranks)
-    patch.setattr(model_file, "join_ranks", lambda *_: None)
+    patch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
 
 
 # ---- Bits per dimension ------------------------------------------------------------------------

@@ -47,9 +47,9 @@ from tqdm import tqdm
 from diffusion import FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, few_steps, generator, randn
 from model import (
     DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, autocast, draw_grid, first_line,
-    flag, join_ranks, load_checkpoint, load_npz, one_rank_first, parse_flags, pick_device,
-    pick_dtype, read_checkpoint, read_picture, report, run_script, save_checkpoint, say, some,
-    spelt, to_pixels, within, write,
+    flag, load_checkpoint, load_npz, one_rank_first, parse_flags, pick_device, pick_dtype,
+    read_checkpoint, read_picture, report, run_script, save_checkpoint, say, some, spelt, to_pixels,
+    within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -744,7 +744,6 @@ def main():
     if config.eval_only and config.dtype == "auto":
         config.dtype = "fp32"  # bf16 biases bits/dim by about 0.02
     dtype = pick_dtype(config.dtype, device)
-    join_ranks(device)
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
