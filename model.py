@@ -379,13 +379,13 @@ def parse_flags(usage, flags, argv, preset_of):
     """
     parser = argparse.ArgumentParser(
         usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 100),
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 26, 100),
     )  # fmt: skip
-    parser.error, shown = refuse, {}
+    parser.error = refuse
     for title, rows in flags.items():
         group = parser.add_argument_group(title)
         for name, _, kind, meaning in rows:
-            shown[name] = group.add_argument(flag(name), dest=name, help=meaning, **kind)
+            group.add_argument(flag(name), dest=name, help=meaning, **kind)
     parser.add_argument("-h", "--help", action="store_true", help="print this")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -393,9 +393,8 @@ def parse_flags(usage, flags, argv, preset_of):
             raise ValueError(f"{flag(name)} must not be empty")
     preset = {row[0]: row[1] for rows in flags.values() for row in rows} | preset_of(given)
     if "help" in given:
-        for name, value in preset.items():
-            if value is not None and value is not False:
-                shown[name].help += f" (default: {spelt(value)})"
+        told = {k: spelt(v) for k, v in preset.items() if v is not None and v is not False}
+        parser.set_defaults(**told)
         parser.print_help()
         raise SystemExit
     return given, preset
