@@ -264,17 +264,15 @@ class Diffusion:
     def pilot(self, model, x0, y=None, points=32):
         """What estimate_bits_per_dim draws t from: p (num_steps,) ∝ sqrt(E[L_t²]), 0 at t = 0.
 
-        L_t is measured on the images x0 at `points` timesteps and interpolated between them.
+        L_t is measured on the images x0 at `points` timesteps, most of them near t = 0, where it is
+        large, and interpolated between them.
         Raises ValueError for a process of fewer than 3 steps.
         """
         if (last := self.num_steps - 1) < 2:
             raise ValueError("so few steps need no pilot: compute every term")
-        # Half of the points lie close together near t = 0, where L_t is large; half lie evenly.
-        half = points // 2
-        knots = np.concatenate([np.geomspace(1, last, half), np.linspace(1, last, half)])
-        knots = np.unique(knots.round().astype(int))
+        knots = [1 + t for t in select_timesteps(min(points, last), last - 1, spacing=3)]
         log_rms = []
-        for knot in knots.tolist():
+        for knot in knots:
             t = torch.full(x0.shape[:1], knot, device=x0.device)
             L_t = self.draw_term(model, x0, t, y)
             log_rms.append(L_t.square().mean().sqrt().clamp(min=1e-12).log().item())
