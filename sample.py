@@ -165,39 +165,36 @@ def newest_checkpoint():
 
 def choose_inputs(args, config):
     """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
-    small = names = None
+    known = config.class_names or tuple(map(str, range(config.num_classes or 0)))
+    small, names, name = None, known, vars(args)["class"]  # names: of the classes, in turn
     if (args.low_res is None) != (config.low_res is None):
         raise ValueError("an upsampler needs --low-res, other networks must not be given it")
     if args.low_res is not None:
         small, names = load_small(args.low_res, config.low_res)
         args.n = args.n or len(small)
         small = small[torch.arange(args.n) % len(small)]
-    args.n, name = args.n or 64, vars(args)["class"]
-    if not config.num_classes:
+    args.n = args.n or 64
+    if not known:
         if name is not None or args.guidance != 1:
             raise ValueError("--class and --guidance are for networks that know classes")
         return small, None
     if args.guidance != 1 and not config.label_dropout:
         raise ValueError("--guidance: the network was trained without --label-dropout")
-    if name is not None:
-        labels = [class_number(name, config, "--class")]
-    elif small is None:
-        labels = list(range(config.num_classes))
-    elif names is None:
+    names = [name] if name is not None else names
+    if names is None:
         raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
-    else:
-        labels = [class_number(name, config, args.low_res) for name in names]
-    return small, torch.tensor(labels)[torch.arange(args.n) % len(labels)]
+    where = args.low_res if name is None else "--class"
+    labels = torch.tensor([class_number(str(name), known, where) for name in names])
+    return small, labels[torch.arange(args.n) % len(labels)]
 
 
-def class_number(name, config, where):
+def class_number(name, known, where):
     """The number of the network's class of this name, or else of this number."""
-    names, name = config.class_names or [str(k) for k in range(config.num_classes)], str(name)
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and int(name) < config.num_classes:
+    if name in known:
+        return known.index(name)
+    if name.isdecimal() and int(name) < len(known):
         return int(name)
-    raise ValueError(f"{where} {name}: the network has no such class, but {some(names)}")
+    raise ValueError(f"{where} {name}: the network has no such class, but {some(known)}")
 
 
 def load_small(path, size):
