@@ -301,15 +301,14 @@ class Diffusion:
         if method not in METHODS or not 0 <= eta <= 1 or order not in (1, 2):
             given = f"{method=}, {eta=}, {order=}"
             raise ValueError(f"method must be in {METHODS}, eta 0 … 1, order 1 or 2: {given}")
-        x, previous = noise, None
+        x, previous = noise, 0.0
         for i in reversed(range(self.num_steps)):
             t = torch.full(x.shape[:1], i, device=x.device)
             eps, v = self.predict(model, x, t, y)
             mean, log_variance, x0_hat = self.reverse(eps, v, x, t, clip)
             ahead = x0_hat
-            if order == 2:
-                trend = x0_hat - (x0_hat if previous is None else previous)
-                ahead = x0_hat + self.extrapolation[i] * trend
+            if order == 2:  # the factor is 0 in the first step, which has no previous x0_hat
+                ahead = x0_hat + self.extrapolation[i] * (x0_hat - previous)
                 # Hence β̃: a learned Σ allows for x0_hat's error, of which less is left now.
                 mean, log_variance = self.posterior(ahead, x, t)
             if method == "ancestral":
