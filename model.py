@@ -49,16 +49,14 @@ class UNetConfig:
     label_dropout: float = 0.0  # share of the training images that were shown without their class
 
     def __post_init__(self):
-        sizes = [self.image_size >> level for level in range(len(self.channel_mult))]
-        if not sizes or self.image_size != sizes[-1] << len(sizes) - 1:
-            mult = spelt(self.channel_mult)
-            raise ValueError(f"--channel-mult {mult} does not halve --image-size {self.image_size}")
+        size, mult, low_res = self.image_size, self.channel_mult, self.low_res
+        sizes = [size >> level for level in range(len(mult))]
+        if not sizes or size != sizes[-1] << len(sizes) - 1:
+            raise ValueError(f"--channel-mult {spelt(mult)} does not halve --image-size {size}")
         if unknown := set(self.attention_resolutions) - set(sizes):
             raise ValueError(f"no --attention at resolution {unknown.pop()}: there are {sizes}")
-        if self.low_res and (self.image_size % self.low_res or self.low_res == self.image_size):
-            raise ValueError(
-                f"--low-res {self.low_res} must divide {self.image_size} and be smaller"
-            )
+        if low_res and (size % low_res or low_res == size):
+            raise ValueError(f"--low-res {low_res} must divide {size} and be smaller")
 
 
 class UNet(nn.Module):
