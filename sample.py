@@ -183,18 +183,13 @@ def choose_inputs(args, config):
     names = [name] if name is not None else names
     if names is None:
         raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
-    where = args.low_res if name is None else "--class"
-    labels = torch.tensor([class_number(str(name), known, where) for name in names])
+    # A class is meant by its name, or else by its number.
+    number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
+    if unknown := [name for name in map(str, names) if name not in number]:
+        where = args.low_res if name is None else "--class"
+        raise ValueError(f"{where} {unknown[0]}: the network has no such class, but {some(known)}")
+    labels = torch.tensor([number[str(name)] for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
-
-
-def class_number(name, known, where):
-    """The number of the network's class of this name, or else of this number."""
-    if name in known:
-        return known.index(name)
-    if name.isdecimal() and int(name) < len(known):
-        return int(name)
-    raise ValueError(f"{where} {name}: the network has no such class, but {some(known)}")
 
 
 def load_small(path, size):
