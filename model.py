@@ -199,12 +199,12 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def timestep_embedding(t, channels, max_period=10_000):
-    """Sinusoidal embedding: t (N,) float -> (N, channels), cosines first."""
-    half = (channels + 1) // 2
-    freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(max_period) / half))
+def timestep_embedding(t, channels):
+    """Sinusoidal embedding: t (N,) float -> (N, channels), an even number, cosines first."""
+    half = channels // 2
+    freqs = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
     angles = t[:, None].float() * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def zero(layer):
