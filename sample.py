@@ -256,11 +256,9 @@ def save_together(path, kind, pixels, labels, names, about):
         save = partial(film[0].save, format="gif", save_all=True, append_images=film[1:])
         write(path, partial(save, loop=0, duration=times))
     else:
-        arrays = {"arr_0": pixels[:, -1].permute(0, 2, 3, 1).numpy()}
-        if labels is not None:
-            arrays["arr_1"] = labels.numpy()
-            arrays |= {"class_names": np.array(names)} if names else {}
-        write(path, lambda file: np.savez(file, **arrays))
+        arrays = dict(arr_0=pixels[:, -1].permute(0, 2, 3, 1), arr_1=labels, class_names=names)
+        known = {name: array for name, array in arrays.items() if array is not None}
+        write(path, lambda file: np.savez(file, **known))
 
 
 if __name__ == "__main__":
