@@ -1,9 +1,8 @@
 """The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for Σ of p.
 
-The file holds, in this order: the network; its checkpoints, ours and OpenAI's; and what the two
-scripts share, from the device they run on to the picture that they draw. The layers have the order
-and shapes of openai/improved-diffusion's, whose published weights load here (see load_checkpoint).
-The network knows nothing of schedules or data.
+The file holds, in this order: the network, which knows nothing of schedules or data; its
+checkpoints, ours and OpenAI's; and what the two scripts share. The layers have the order and shapes
+of openai/improved-diffusion's, whose published weights load here (see load_checkpoint).
 """
 
 import argparse
