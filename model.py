@@ -497,7 +497,7 @@ def write(path, save):
 
 
 def load_npz(path):
-    """The uint8 images of an .npz file (N, 3, S, S), and the class of each, or None.
+    """The uint8 images of an .npz file (N, 3, S, S), and the name of the class of each, or None.
 
     It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels, whole numbers or
     names (N,), and class_names, of which the labels are then the indices. sample.py writes such
@@ -525,7 +525,7 @@ def load_npz(path):
         if names.ndim != 1 or not np.isin(labels, np.arange(len(names))).all():
             raise ValueError(f"{path}: class_names must have a name for each label")
         labels = names[labels]
-    return images.transpose(0, 3, 1, 2), None if labels is None else labels.tolist()
+    return images.transpose(0, 3, 1, 2), None if labels is None else labels.astype(str).tolist()
 
 
 Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large images are wanted

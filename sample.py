@@ -185,10 +185,10 @@ def choose_inputs(args, config):
         raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
     # A class is meant by its name, or else by its number.
     number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
-    if unknown := [name for name in map(str, names) if name not in number]:
+    if unknown := [name for name in names if name not in number]:
         where = args.low_res if name is None else "--class"
         raise ValueError(f"{where} {unknown[0]}: the network has no such class, but {some(known)}")
-    labels = torch.tensor([number[str(name)] for name in names])
+    labels = torch.tensor([number[name] for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
 
 

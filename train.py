@@ -407,7 +407,7 @@ def load_data(config, network=None, held_out=False):
     if config.class_cond:
         if names is None:
             raise ValueError(f"--class-cond: {config.data} has no labels")
-        names = [printable(str(name)) for name in names]
+        names = [printable(name) for name in names]
         present = set(names)
         classes = number_classes(present, network, config.data)
         number = {name: k for k, name in enumerate(classes)}
