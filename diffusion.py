@@ -265,8 +265,7 @@ class Diffusion:
         """What estimate_bits_per_dim draws t from: p (num_steps,) ∝ sqrt(E[L_t²]), 0 at t = 0.
 
         L_t is measured on the images x0 at `points` timesteps, most of them near t = 0, where it is
-        large, and interpolated between them.
-        Raises ValueError for a process of fewer than 3 steps.
+        large, and interpolated between them. Raises ValueError for fewer than 3 steps.
         """
         if (last := self.num_steps - 1) < 2:
             raise ValueError("so few steps need no pilot: compute every term")
