@@ -198,8 +198,9 @@ def load_small(path, size):
     if path.lower().endswith(".npz"):
         images, names = load_npz(path)
     else:
-        inside = sorted(glob.glob(os.path.join(glob.escape(path), "*")))  # no hidden files
-        files = inside if os.path.isdir(path) else [path]
+        files = [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, f) for f in sorted(os.listdir(path)) if f[0] != "."]
         images, names = [np.asarray(read_picture(f)).transpose(2, 0, 1) for f in files], None
     wrong = [image.shape for image in images if image.shape != (3, size, size)]
     if wrong or not len(images):
