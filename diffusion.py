@@ -4,9 +4,9 @@ This file stands alone: copy it beside a network of your own. A `model` here is 
 (x_t, time, y) -> (N, C or 2C, H, W) which predicts the noise ε that is in x_t (N, C, H, W) and, for
 variance="learned", v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
 
-Images are in [-1, 1]. In the code t = 0 … T-1 is the paper's t = 1 … T. Docstrings write
-q(x_{t-1} | x_t) and L_t as the paper does: L_0 is the decoder (eq. 5), L_1 … L_{T-1} are KLs
-(eq. 6), and L_T is the prior (eq. 7). All terms are in bits per dimension.
+Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
+Docstrings write q(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
+(eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the prior (eq. 7), all in bits per dimension.
 """
 
 import math
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 LAMBDA = 0.001  # weight of L_vlb in L_hybrid (eq. 16)
 
-# The default of the scripts: about the images that T calls draw, in few. Chosen by measurement.
+# The scripts' default, chosen by measurement (README, "Few steps").
 FEW_STEPS, FEW_STEPS_SAMPLER = 25, dict(method="ancestral", order=2)
 METHODS = ("ancestral", "ddim")
 
@@ -112,8 +112,8 @@ class Diffusion:
         self.sqrt_one_minus_alphas_bar = (1 - alphas_bar).sqrt()
         self.posterior_x0 = betas * before.sqrt() / (1 - alphas_bar)  # of x0 in eq. 11
         self.posterior_x_t = (1 - before) * alphas.sqrt() / (1 - alphas_bar)  # of x_t in eq. 11
-        # At t = 0, where x_0 is known, β̃ is 0; but the decoder (eq. 5) needs a width. The choices
-        # small and large take β̃ of t = 1 there, as does the released code.
+        # β̃ is 0 at t = 0, where x_0 is known; but the decoder (eq. 5) needs a width. β̃ of t = 1
+        # takes its place, also in large and in learned's v = -1, as in the released code.
         first = small[1:2] if len(betas) > 1 else betas
         self.log_betas = betas.log()
         self.log_small = torch.cat([first, small[1:]]).log()
@@ -220,7 +220,7 @@ class Diffusion:
         return loss, vlb.detach()
 
     def draw_term(self, model, x0, t, y=None):
-        """L_t (N,) in bits per dimension at one draw of x_t: unbiased for its mean over x_t."""
+        """L_t (N,) in bits per dimension at one draw of x_t, x0_hat clipped as when sampling."""
         x_t = self.add_noise(x0, t, torch.randn_like(x0))
         eps, v = self.predict(model, x_t, t, y)
         mean, log_variance, _ = self.reverse(eps, v, x_t, t)
@@ -293,6 +293,7 @@ class Diffusion:
         order       1, or 2: the step uses x0_hat extrapolated half a step ahead, from this call and
                     the one before (Lu et al. 2022, arXiv 2211.01095). With ddim and eta 0 this is
                     DPM-Solver++(2M), with ancestral its SDE variant, whose variance is always β̃
+        clip        whether x0_hat is clipped to [-1, 1]; an extrapolated one is not clipped again
         generators  one torch.Generator for each image, on the device of noise: then an image does
                     not depend on the others of its batch. None: the global one
         Raises ValueError for another method, eta or order.
@@ -308,7 +309,7 @@ class Diffusion:
             ahead = x0_hat
             if order == 2:  # the factor is 0 in the first step, which has no previous x0_hat
                 ahead = x0_hat + self.extrapolation[i] * (x0_hat - previous)
-                # Hence β̃: a learned Σ allows for x0_hat's error, of which less is left now.
+                # A learned Σ is wider than β̃ by the error of x0_hat, of which less is left now.
                 mean, log_variance = self.posterior(ahead, x, t)
             if method == "ancestral":
                 std = torch.exp(0.5 * log_variance)
@@ -318,7 +319,7 @@ class Diffusion:
                 mean = before.sqrt() * ahead + (1 - before - variance).clamp(min=0).sqrt() * eps
                 std = variance.sqrt()
             x, previous = mean, x0_hat
-            if i > 0 and (method == "ancestral" or eta > 0):  # the last step adds no noise
+            if i > 0 and (method != "ddim" or eta > 0):  # the last step adds no noise
                 z = randn(x.shape[1:], generators) if generators else torch.randn_like(x)
                 x = torch.addcmul(mean, std, z)
             yield i, x, x0_hat
@@ -354,8 +355,8 @@ def guided(model, scale):
 def few_steps(T, image_size):
     """Diffusion's arguments for FEW_STEPS of images (N, C, image_size, image_size).
 
-    They begin where alphas_bar is 2/(H·W). At a larger one the mean of the pixels of x_t would show
-    the colour of x0, and pure noise, whose mean is 0 ± 1/sqrt(H·W), could not stand for x_t.
+    They begin where alphas_bar is 2/(H·W): before, x0_hat is mostly error; after, the mean pixel of
+    x_t would show the colour of x0, which pure noise, whose mean is 0 ± 1/sqrt(H·W), does not have.
     """
     return dict(steps=min(FEW_STEPS, T), min_alpha_bar=2 / image_size**2)
 
@@ -392,8 +393,8 @@ def bits(nats):
 
 # ---- Randomness --------------------------------------------------------------------------------
 
-# Each use of a generator has its own range of indices, so that no two of a seed are equal: the
-# noise of training step i or of sampled image i, the masks of dropout, the order of an epoch.
+# Each stream has its own range of indices, so that no two streams of a seed meet. The indices of
+# "noise" are training steps or sampled images; "dropout" has steps and ranks, "order" epochs.
 STREAMS = {"noise": 0, "dropout": 2**30, "order": 2**31}
 
 

@@ -7,7 +7,8 @@
     python sample.py --low-res small.npz           an upsampler's large images of small ones
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out DIR    or X.npz; DIR is resumed
 
-Image i of a seed is the same whatever the batch and the number of ranks.
+Up to rounding, image i of a seed is the same whatever the batch and the number of ranks. After
+torchrun, -- hides --n from it.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ FLAGS = {
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "2 extrapolates from the step before"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
-        ("variance", None, VARIANCES, "variance of p (default: the checkpoint's)"),
+        ("variance", None, VARIANCES, "of p, for --order 1 (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
@@ -84,11 +85,11 @@ def main():
     process["spacing"], process["variance"] = args.spacing, args.variance or process["variance"]
     process["min_alpha_bar"] = few["min_alpha_bar"] if args.order == 2 else 0.0
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
-    kind = check(args)
+    kind = kind_of_output(args)
     device = pick_device(args.device)
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
-    # Each rank draws the images of its own; a folder is resumed where it was left.
+    # Each rank draws its own share of the images; a folder is resumed where it was left.
     mine = list(range(RANK, args.n, WORLD))
     last = diffusion.num_steps - 1
     shown = {round(i) for i in np.linspace(last, 0, 40)} if kind == ".gif" else {0}
@@ -126,7 +127,7 @@ def draw(args, model, diffusion, small, labels, indices, shown):
             net_part, noise, y, args.method, args.eta, args.order, generators=generators
         )
         with autocast(device, pick_dtype(args.dtype, device)):
-            frames = [to_pixels(x) for i, x, _ in walk if i in shown]
+            frames = [to_pixels(x) for step, x, _ in walk if step in shown]
         yield from zip(part, torch.stack(frames, dim=1))
         bar.update(len(part))
 
@@ -134,7 +135,7 @@ def draw(args, model, diffusion, small, labels, indices, shown):
 # ---- What is drawn, and where it goes ------------------------------------------------------------
 
 
-def check(args):
+def kind_of_output(args):
     """What --out asks for: ".png", ".gif", ".npz" or "folder", which is made. Refuses what could
     not be drawn or written, before anything is drawn."""
     suffix = os.path.splitext(args.out)[1].lower()
@@ -166,7 +167,7 @@ def newest_checkpoint():
 def choose_inputs(args, config):
     """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
     known = config.class_names or tuple(map(str, range(config.num_classes or 0)))
-    small, names, name = None, known, vars(args)["class"]  # names: of the classes, in turn
+    small, names, asked = None, known, vars(args)["class"]  # names: of the images' classes, in turn
     if (args.low_res is None) != (config.low_res is None):
         raise ValueError("an upsampler needs --low-res, other networks must not be given it")
     if args.low_res is not None:
@@ -175,18 +176,18 @@ def choose_inputs(args, config):
         small = small[torch.arange(args.n) % len(small)]
     args.n = args.n or 64
     if not known:
-        if name is not None or args.guidance != 1:
+        if asked is not None or args.guidance != 1:
             raise ValueError("--class and --guidance are for networks that know classes")
         return small, None
     if args.guidance != 1 and not config.label_dropout:
         raise ValueError("--guidance: the network was trained without --label-dropout")
-    names = [name] if name is not None else names
+    names = names if asked is None else [asked]
     if names is None:
         raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
     # A class is meant by its name, or else by its number.
     number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
     if unknown := [name for name in names if name not in number]:
-        where = args.low_res if name is None else "--class"
+        where = args.low_res if asked is None else "--class"
         raise ValueError(f"{where} {unknown[0]}: the network has no such class, but {some(known)}")
     labels = torch.tensor([number[name] for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
@@ -194,7 +195,7 @@ def choose_inputs(args, config):
 
 def load_small(path, size):
     """Small images (N, 3, size, size) in [-1, 1] of an .npz file, a picture or a folder of
-    pictures, and the names of their classes, which only the first can tell, or None."""
+    pictures, and the names of their classes, which only an .npz file has, or None."""
     if path.lower().endswith(".npz"):
         images, names = load_npz(path)
     else:

@@ -1,6 +1,6 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 
-This file stands alone, and is the only mathematics here that speaks to other ranks. The samplers
+This file stands alone. Of the mathematics, it alone speaks to other ranks. The samplers
 are modules: .to(device) moves them, and what they have learned is their .state_dict().
 """
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class UniformSampler(torch.nn.Module):
-    """Every t in 0 … T-1 equally often; all weights are 1. T is the process's num_steps."""
+    """Every t in 0 … T-1 equally likely; all weights are 1. T is the process's num_steps."""
 
     def __init__(self, T):
         super().__init__()

@@ -4122,7 +4122,11 @@ def test_a_run_is_measured_on_its_own_data_unless_others_are_given(place, capsys
     np.savez("x.npz", arr_0=X)
     assert train_here(*TINY, "--data", "x.npz", "--out", "run") == 0
     assert train_here("--eval-only", "--ckpt", "run", "--eval-calls", 5, "--device", "cpu") == 0
-    assert " on 6 images" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    warning = "measuring on the images of training, x.npz: --data names others\n"
+    assert " on 6 images" in out and err.count(warning) == 1
+    flags = "--eval-only --ckpt run --eval-calls 5 --device cpu --data x.npz".split()
+    assert train_here(*flags) == 0 and warning not in capsys.readouterr().err
     assert train_here("--eval-only", "--ckpt", "run", "--init", "run/ckpt.pt") == 2
     assert "--init" in errors(capsys)[-1]
 

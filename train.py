@@ -66,7 +66,7 @@ def list_of_numbers(text):
 whole, share = within(1, 10**9), within(0, 1, float)
 wholes = dict(type=list_of_numbers, metavar="N,N")
 
-# Name, the paper's value on CIFAR-10 (of flip, Ho et al.'s), kind, and meaning.
+# Name, the paper's value on CIFAR-10 (for flip, Ho et al.'s), kind, and meaning.
 FLAGS = {
     "data": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
@@ -126,7 +126,7 @@ MAY_CHANGE = MEASURE | GROUPS["the run, which may change when it is resumed"]
 SHAPE = GROUPS["network"] - {"dropout"} | {"image_size", "low_res"}  # fixed by the weights
 PROCESS = ("schedule", "T", "variance", "time_scale")
 
-# What other data change. A folder has the shape of the paper's ImageNet-64 network.
+# What differs for other data than CIFAR-10. A folder has the shape of the paper's ImageNet-64 network.
 DIGITS = dict(
     image_size=16, class_cond=True, label_dropout=0.1, flip=False, T=1000, channels=32,
     channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200,
@@ -153,8 +153,8 @@ def train(config, state, device, dtype):
     network = UNetConfig(**shape | state.get("unet", {}) | {"dropout": config.dropout})
     with torch.device("meta"):
         UNet(network)
-    images, labels, names = load_data(config, network if "unet" in state else None)
-    network.num_classes, network.class_names = names and len(names), names
+    images, labels, classes = load_data(config, network if "unet" in state else None)
+    network.num_classes, network.class_names = classes and len(classes), classes
     network.label_dropout = config.label_dropout
     torch.manual_seed(config.seed)
     model = UNet(network).to(device)
@@ -168,7 +168,7 @@ def train(config, state, device, dtype):
     params, averages = list(model.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
     fp16 = dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)  # 1: no scaling
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     start, log = state.get("step", 0), Log(config, state, device)
     stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler)
     stateful |= {"scaler": scaler} if fp16 else {}
@@ -196,7 +196,7 @@ def train(config, state, device, dtype):
             part = slice(k * n // config.accum, (k + 1) * n // config.accum)
             y_part = None if y is None else y[part]
             net_part = give_low_res(net, x0[part], config.low_res)
-            if WORLD > 1:  # the ranks exchange gradients with the last part alone
+            if WORLD > 1:  # the ranks exchange gradients only in the last part
                 net.require_backward_grad_sync = part.stop == n
             with autocast(device, dtype):
                 loss, vlb = diffusion.losses(
@@ -205,10 +205,10 @@ def train(config, state, device, dtype):
             # The mean over the whole batch, once DDP has divided by the number of ranks.
             scaler.scale(weights[part] @ loss * (WORLD / config.batch)).backward()
             losses.append(torch.stack([loss.detach(), vlb]))
-        losses = torch.cat(losses, dim=1)
+        losses = torch.cat(losses, dim=1)  # (2, n): the loss and T·L_t of each image
 
-        # The weights, their average, and which t to draw next. The average's decay rises with the
-        # step, which keeps the initial weights out of the average of a short run.
+        # The weights, their average, and which t to draw next. Unlike the paper's, the average's
+        # decay rises to --ema (to 0.9999 by update 90,000), to forget the initial weights.
         norm = update_weights(params, optimizer, scaler, config.grad_clip, fp16)
         get_ema_multi_avg_fn(min(config.ema, (1 + step) / (10 + step)))(averages, params, None)
         t_sampler.update(t, losses[0])
@@ -216,7 +216,7 @@ def train(config, state, device, dtype):
 
         # Now and then: a row of the log, a checkpoint, a grid of samples.
         done = step + 1
-        last, stopping = done == config.steps, int(gather(stop).max())  # from the CPU: no wait
+        last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
         if last or done % config.log_every == 0:
             log.write_row(done, lr, diffusion.prior(x0).mean())
         draws = config.sample_every and (last or done % config.sample_every == 0)
@@ -246,8 +246,8 @@ def give_low_res(net, x0, size):
 
 
 def update_weights(params, optimizer, scaler, grad_clip, fp16):
-    """One step of AdamW -> the norm of the gradient. If that is not finite, no step is taken: the
-    fused optimizer decides so on the device, for which the host need not wait."""
+    """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler, whose
+    scale may be 1, has the fused optimizer skip the step on the device: the host need not wait."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)
     scaler.step(optimizer)
@@ -282,7 +282,7 @@ class Log:
         self.bar.update()
 
     def write_row(self, step, lr, prior):
-        """Write the means until this step and begin anew. ValueError if no update is taken."""
+        """Write the means since the last row. ValueError after 100 skipped updates in a row."""
         loss, bits, norm, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
         loss, bits, norm = (value / max(taken, 1) for value in (loss, bits, norm))
         bits, seconds = bits + prior.item(), time.monotonic() - self.begin
@@ -319,7 +319,7 @@ def catch_signals():
 
 def draw_samples(config, step, average, diffusion, images, labels, device, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
-    one. They are drawn in parts as large as training has. A failure does not end the run."""
+    one. They are drawn in parts of the size that training uses. A failure does not end the run."""
     n, columns = (16, 12) if config.low_res else (64, 8)
     tiles = []
     try:
@@ -351,7 +351,7 @@ def load_batch(config, images, labels, t_sampler, step, device):
     """This rank's part of the batch of a step -> x0, y, t, weights, noise.
 
     Each rank draws the randomness of the whole batch anew from (seed, step): neither the number of
-    ranks nor a restart changes what an image of the batch meets.
+    ranks nor a restart changes the flip, t and noise of an image of the batch.
     """
     B, N = config.batch, len(images)
     mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
@@ -392,7 +392,8 @@ def load_data(config, network=None, held_out=False):
     """
     size, notes, labels = config.image_size, "", None
     if config.data == "digits":
-        images, names = draw_digits(20_000, size, config.seed + 2**32 * held_out)  # of other seeds
+        seed = config.seed + 2**32 * held_out  # no run has the seed of held-out digits
+        images, names = draw_digits(20_000, size, seed)
     elif config.data == "cifar10":
         images, names = load_cifar10(held_out)
     elif config.data.lower().endswith(".npz"):
@@ -477,18 +478,18 @@ def load_folder(root, size, config):
     """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes. They are
     decoded once, into data/cache, and again if a file was added, removed or changed."""
     mine = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    for cache in ("data/cache", os.path.join(tempfile.gettempdir(), mine)):
+    for caches in ("data/cache", os.path.join(tempfile.gettempdir(), mine)):
         with contextlib.suppress(OSError):
-            os.makedirs(cache, exist_ok=True)
-            if os.access(cache, os.W_OK):
+            os.makedirs(caches, exist_ok=True)
+            if os.access(caches, os.W_OK):
                 break
-    ours = [cache, "data/cache", config.out, os.path.join(config.out, "samples")]
+    ours = [caches, "data/cache", config.out, os.path.join(config.out, "samples")]
     listing, folders, left_out, others = list_images(root, leave_out=ours)
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
     key = hashlib.sha256(repr((os.path.realpath(root), size, listing)).encode()).hexdigest()[:16]
-    cache = os.path.join(cache, f"{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}")
+    cache = os.path.join(caches, f"{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}")
     with one_rank_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
         good, broken = decode(root, size, paths, cache)
@@ -511,13 +512,13 @@ def decode(root, size, paths, cache):
     """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
 
     If `cache` holds them, only those that could not be read are tried again. A new folder is named
-    `cache` once it is complete: of two runs that decode at a time, that of the last one stays.
+    `cache` once it is complete: if two runs decode at once, the folder of the last one stays.
     """
     read = partial(read_image, root, size)
     with contextlib.suppress(OSError, ValueError, EOFError):
         good = np.load(f"{cache}/paths.npy").tolist()
         broken = {path: read(path) for path in sorted(set(paths) - set(good))}
-        complete = os.path.getsize(f"{cache}/images.u8") == len(good) * 3 * size * size > 0
+        complete = good and os.path.getsize(f"{cache}/images.u8") == len(good) * 3 * size * size
         if complete and all(isinstance(reason, str) for reason in broken.values()):
             return good, broken
     good, broken = [], {}
@@ -596,9 +597,9 @@ def read_image(root, size, path):
 
 
 def evaluate(config, model, device, dtype):
-    """Print a network's bound on images of --data (or its test set), write each L_t's mean.
+    """Print a network's bound on the images of --data, and write the mean of each L_t.
 
-    The ranks share the images. Unless every term is computed, two independent estimates of each
+    Of digits and cifar10, they are images that no run is trained on. The ranks share the images. Unless every term is computed, two independent estimates of each
     image's bound are made: their differences tell the error of the timesteps and the noise.
     """
     process = {name: getattr(config, name) for name in PROCESS}
@@ -609,7 +610,7 @@ def evaluate(config, model, device, dtype):
     model.to(device)
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
     exact = config.eval_calls >= diffusion.num_steps
-    if not exact:  # two estimates of 1 + calls, and a pilot of at most one call for each image
+    if not exact:  # two estimates of 1 + calls, and a pilot of about one call for each image
         calls, few = (config.eval_calls - 3) // 2, max(1, n // WORLD // 32)
         x0, y = to_device(images, labels, rows[: min(few, config.batch)], device)
         with autocast(device, dtype):
@@ -670,7 +671,7 @@ def configure(argv):
     out = given.get("out", os.path.join("runs", data))
     ckpt = os.path.join(out, "ckpt.pt")
 
-    # run: what the run to resume, or a checkpoint, says. fixed: of it, what no flag may change.
+    # run: values that the run to resume, or a checkpoint, stores. fixed: those no flag may change.
     run, fixed, state, model = {}, set(), {}, None
     weights = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
     if os.path.exists(ckpt) and not given.get("eval_only"):
@@ -689,6 +690,8 @@ def configure(argv):
         fixed, whose, state = SHAPE | {"class_cond"}, weights, model
         if given.get("eval_only"):
             run["data"] = read_checkpoint(weights).get("config", {}).get("data", "digits")
+            if "data" not in given and run["data"] not in PRESETS:
+                say(f"measuring on the images of training, {run['data']}: --data names others")
         else:
             values = model.state_dict()
             state = dict(unet=vars(model.config), model=values, ema=values)
@@ -705,14 +708,14 @@ def configure(argv):
 
 
 def preset_of(given):
-    """What the data change of the paper's values. Adds a slash to a folder's name in `given`."""
+    """What the data change of the paper's values. In `given`, a folder's name gets a slash."""
     data, size = given.get("data", "digits"), 64
     if data in PRESETS:
         return PRESETS[data]
     if data.lower().endswith(".npz"):
         size = load_npz(data)[0].shape[-1]
     else:
-        given["data"] = os.path.join(os.path.normpath(data), "")  # cifar10/ is a folder
+        given["data"] = os.path.join(os.path.normpath(data), "")  # ./cifar10 is not the data set
     size = given.get("image_size", size)
     return FOLDER | dict(image_size=size, channel_mult=MULTS.get(size, (1, 2, 3, 4)))
 
