@@ -2658,7 +2658,7 @@ def test_a_run_of_the_first_version_resumes_to_the_bit(with_arrays):
     # The digits' preset has come to drop labels since: an old run of digits does not.
     config |= {"data": "digits", "out": "old"}
     torch.save(old | {"config": config, "unet": unet}, "old/ckpt.pt")
-    resumed, _ = train.configure(["--out", "old"])
+    resumed, *_ = train.configure(["--out", "old"])
     assert resumed.label_dropout == 0 and resumed.low_res is None
     assert {k: vars(resumed)[k] for k in config} == config
 
@@ -4080,10 +4080,10 @@ def test_a_run_uses_the_preset_then_the_run_then_what_was_typed(run):
     assert (cifar10.image_size, cifar10.channels, cifar10.channel_mult) == (32, 128, (1, 2, 2, 2))
     assert (cifar10.num_res_blocks, cifar10.attention_resolutions) == (3, (16, 8))
     assert (cifar10.num_heads, cifar10.dropout, cifar10.steps) == (4, 0.3, 500_000)
-    config, state = train.configure(["--data", "p", "--out", "run", "--steps", "7"])
+    config, state, _ = train.configure(["--data", "p", "--out", "run", "--steps", "7"])
     assert (config.steps, config.batch, config.T, config.class_cond) == (7, 4, 4, True)
     assert config.image_size == 8 and state["step"] == 1
-    config, state = train.configure(["--data", "p", "--out", "other", "--lr", "0.5"])
+    config, state, _ = train.configure(["--data", "p", "--out", "other", "--lr", "0.5"])
     assert config.lr == 0.5 and config.batch == 128 and state == {}
 
 

@@ -257,8 +257,9 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
 
 
 class Log:
-    """The rows of log.csv: means over the updates since the last row. The sums stay on the device,
-    so that the host waits for it only once a row."""
+    """The rows of log.csv: means over the updates since the last row. bits_per_dim is that of the
+    losses, which do not clip x0: --eval-only measures less. The sums stay on the device, so that
+    the host waits for it only once a row."""
 
     def __init__(self, config, state, device):
         self.path, start = os.path.join(config.out, "log.csv"), state.get("step", 0)
@@ -663,8 +664,9 @@ def evaluate(config, model, device, dtype):
 
 
 def configure(argv):
-    """-> the configuration (a Namespace), and what to start from: a checkpoint's dict, a network to
-    measure, or {}. Raises ValueError for flags that contradict each other or the run."""
+    """-> the configuration (a Namespace), the dict of the checkpoint to start from or {}, and the
+    network to measure or None. Raises ValueError for flags that contradict each other or the run.
+    """
     usage = "[torchrun] train.py [--data digits|cifar10|DIR|X.npz] [flags]"
     given, preset = parse_flags(usage, FLAGS, argv, preset_of)
     data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
@@ -687,7 +689,7 @@ def configure(argv):
         model, process = load_checkpoint(weights, schedule, T, num_heads=given.get("num_heads", 4))
         run = process | {name: getattr(model.config, name) for name in SHAPE}
         run["class_cond"] = model.config.num_classes is not None
-        fixed, whose, state = SHAPE | {"class_cond"}, weights, model
+        fixed, whose = SHAPE | {"class_cond"}, weights
         if given.get("eval_only"):
             run["data"] = read_checkpoint(weights).get("config", {}).get("data", "digits")
             if "data" not in given and run["data"] not in PRESETS:
@@ -704,7 +706,7 @@ def configure(argv):
     if model and config.variance == "learned" and model.config.out_channels == 3:
         raise ValueError(f"--variance learned: {whose} predicts no variance")
     check(config, given)
-    return config, state
+    return config, state, model
 
 
 def preset_of(given):
@@ -741,7 +743,7 @@ def check(config, given):
 
 
 def main():
-    config, state = configure(sys.argv[1:])
+    config, state, model = configure(sys.argv[1:])
     say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
     device = pick_device(config.device)
     if config.eval_only and config.dtype == "auto":
@@ -751,7 +753,7 @@ def main():
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if config.eval_only:
-        return evaluate(config, state, device, dtype)
+        return evaluate(config, model, device, dtype)
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     start = state.get("step", 0)
     if (gather(torch.tensor([start])) != start).any():
