@@ -258,8 +258,8 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
 
 class Log:
     """The rows of log.csv: means over the updates since the last row. bits_per_dim is that of the
-    losses, which do not clip x0: --eval-only measures less. The sums stay on the device, so that
-    the host waits for it only once a row."""
+    losses, which do not clip x0, as --eval-only does. The sums stay on the device, so that the host
+    waits for it only once a row."""
 
     def __init__(self, config, state, device):
         self.path, start = os.path.join(config.out, "log.csv"), state.get("step", 0)
