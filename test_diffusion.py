@@ -2925,6 +2925,17 @@ def test_grids_are_drawn_after_the_checkpoint_in_parts_like_the_batchs(with_arra
         sizes = [n for n, saved in found if saved == step]
         assert sum(sizes) == 16 and max(sizes) <= 3  # of the batch's 8 images
     assert sorted(os.listdir("run/samples")) == ["0000002.png", "0000004.png"]
+    draw_samples = train.draw_samples
+
+    def of_two_ranks(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "WORLD", 2)
+            draw_samples(*given)
+
+    monkeypatch.setattr(train, "draw_samples", of_two_ranks)
+    found.clear()
+    assert train_here(*flags, 2, "--steps", 5) == 0
+    assert [n for n, _ in found] == [1] * 16  # of a rank's 4 images, in 3 parts
 
 
 def test_a_grid_that_fails_is_a_line_and_changes_nothing(whole, with_arrays, monkeypatch, capsys):
