@@ -3799,7 +3799,7 @@ def test_digits_show_the_digit_of_their_label_and_follow_from_the_seed():
         image = Image.new("L", (60, 60))
         ImageDraw.Draw(image).text((10, 5), name, 255, ImageFont.load_default(size=30))
         shapes[name] = shape(np.asarray(image) > 90)
-    right = 0
+    right, papers = 0, []
     for x, name in zip(pixels.astype(float), names):
         border = np.concatenate([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1)
         paper = np.median(border, 1)
@@ -3809,7 +3809,10 @@ def test_digits_show_the_digit_of_their_label_and_follow_from_the_seed():
         grey = np.tensordot([0.299, 0.587, 0.114], x, 1)
         assert grey.max() - grey.min() > 50
         assert abs(grey - np.median(grey)).max() > 100  # white on dark paper, black on light
+        papers.append(paper)
     assert right > 270
+    # The colours of paper are uniform: 255/sqrt(12) in each channel, which know nothing of another.
+    assert np.cov(np.array(papers).T) == pytest.approx(255**2 / 12 * np.eye(3), abs=900)
 
 
 def test_held_out_digits_are_others_than_those_of_any_seed(monkeypatch, capsys):
@@ -4578,6 +4581,24 @@ def test_the_images_measured_are_a_random_choice_that_the_seed_repeats(here, mon
     assert n == 60
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ten_calls_of_the_network_are_enough_for_each_image(ranks, here, monkeypatch):
+    flat_images("x.npz", 64)
+    checkpoint("ckpt.pt", T=40)
+    shown, predict = [], Diffusion.predict
+
+    def counted(self, model, x_t, *given):
+        shown.append(len(x_t))
+        return predict(self, model, x_t, *given)
+
+    monkeypatch.setattr(Diffusion, "predict", counted)
+    if ranks > 1:
+        as_one_of(monkeypatch, 1, ranks)
+    flags = "--eval-only --ckpt ckpt.pt --data x.npz --batch 64 --device cpu".split()
+    assert script("train.py", *flags) == 0
+    assert 8 * 64 / ranks < sum(shown) <= 10 * 64 / ranks
+
+
 @pytest.mark.parametrize("calls", [20, 7])
 def test_one_image_is_measured_without_nan(calls, here, capsys):
     checkpoint("ckpt.pt")
@@ -4922,6 +4943,7 @@ def test_each_flag_of_the_sampler_reaches_it_and_changes_the_image(here, monkeyp
         assert walk["eta"] == float(words.get("--eta", 0))
         assert process.variance == words.get("--variance", "learned")
         assert process.num_steps == int(words.get("--steps", 8)) and not walks
+        assert (process.alphas_bar[-1] >= 2 / 64) == (walk["order"] == 2)  # where it begins
         assert process.T == int(words.get("--T", 60))
         assert walk["y"].tolist() == ([2, 2] if "--class" in words else [0, 1])
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):

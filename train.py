@@ -600,8 +600,9 @@ def read_image(root, size, path):
 def evaluate(config, model, device, dtype):
     """Print a network's bound on the images of --data, and write the mean of each L_t.
 
-    Of digits and cifar10, they are images that no run is trained on. The ranks share the images. Unless every term is computed, two independent estimates of each
-    image's bound are made: their differences tell the error of the timesteps and the noise.
+    Of digits and cifar10, they are images that no run is trained on. The ranks share the images.
+    Unless every term is computed, two independent estimates of each image's bound are made: their
+    differences tell the error of the timesteps and the noise.
     """
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
