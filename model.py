@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import zipfile
+import zlib
 from datetime import timedelta
 
 import numpy as np
@@ -351,9 +352,10 @@ def first_line(error):
 
 
 def say(message):
-    """Print a line to the user, from one rank."""
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)
+    """Print a line to the user, from one rank. That nobody can read it ends no run."""
+    with contextlib.suppress(OSError):
+        if RANK == 0:
+            tqdm.write(message, file=sys.stderr)
 
 
 def some(names, most=10):
@@ -478,6 +480,17 @@ def one_rank_first():
         gather(torch.zeros(1))
 
 
+def agree(number, what):
+    """Raise ValueError unless all ranks have this number."""
+    if (gather(torch.tensor([number], dtype=torch.float64)) != number).any():
+        raise ValueError(f"the ranks see different {what}")
+
+
+def checksum(model):
+    """A whole number that tells a network's weights from others."""
+    return zlib.crc32(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]).numpy())
+
+
 def write(path, save):
     """Have save(file) write a file, which gets its name once it is complete. Raises OSError."""
     target = os.path.realpath(path)  # a link stays a link
@@ -488,7 +501,7 @@ def write(path, save):
             os.fsync(file.fileno())
         os.replace(f"{target}.tmp", target)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a failed write
-        reason = getattr(error, "strerror", None) or "is the disk full?"
+        reason = getattr(error, "strerror", None) or f"{first_line(error)} (is the disk full?)"
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):

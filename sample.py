@@ -20,7 +20,8 @@ import zlib
 from argparse import Namespace
 from functools import partial
 
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, even of the imports below
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # no traceback, even of the imports below
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import numpy as np
 import torch
@@ -34,16 +35,18 @@ from diffusion import (
     randn,
 )  # fmt: skip
 from model import (
-    DEVICES, DTYPES, RANK, TTY, WORLD, autocast, draw_grid, load_checkpoint, load_npz, parse_flags,
-    pick_device, pick_dtype, read_picture, report, run_script, say, some, to_pixels, within, write,
+    DEVICES, DTYPES, RANK, TTY, WORLD, agree, autocast, checksum, draw_grid, load_checkpoint,
+    load_npz, parse_flags, pick_device, pick_dtype, read_picture, report, run_script, say, some,
+    to_pixels, within, write,
 )  # fmt: skip
+from sampler import gather
 
 whole, VARIANCES = within(1, 10**8), dict(choices=("learned", "small", "large"))
 FLAGS = {
     "what to draw": [
         ("ckpt", None, dict(metavar="FILE|DIR"), "checkpoint (default: the newest in runs/, else in assets/)"),
         ("n", None, whole, "images; 64, or with --low-res one for each small image"),
-        ("class", None, dict(metavar="NAME|K"), "of all images (default: all classes in turn)"),
+        ("class", None, dict(metavar="NAME|K"), "the class to draw (default: all classes in turn)"),
         ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none"),
         ("low_res", None, dict(metavar="PATH"), "an upsampler's small images: X.npz, picture, folder"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of the images"),
@@ -53,7 +56,7 @@ FLAGS = {
         ("steps", None, whole, f"network calls (default: {FEW_STEPS})"),
         ("spacing", 1.0, within(1, 10, float), "1 is even, 3 closer near t = 0"),
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
-        ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "2 extrapolates from the step before"),
+        ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2: more exact, at no further call"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
         ("variance", None, VARIANCES, "of p, for --order 1 (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
@@ -63,7 +66,7 @@ FLAGS = {
     "what a plain state dict does not say": [
         ("T", None, within(2, 10**5), "timesteps it was trained on (default: the checkpoint's)"),
         ("schedule", None, dict(choices=SCHEDULES), "noise schedule (default: the checkpoint's)"),
-        ("time_scale", None, within(0, 1e6, float), "factor of t (default: the checkpoint's)"),
+        ("time_scale", None, within(0, 1e6, float), "the network is given t·X (default: the checkpoint's)"),
         ("num_heads", None, within(1, 4096), "heads of attention (default: 4)"),
     ],
 }  # fmt: skip
@@ -87,6 +90,7 @@ def main():
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
     kind = kind_of_output(args)
     device = pick_device(args.device)
+    agree(checksum(model), f"weights in {path}: it was written meanwhile, start again")
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws its own share of the images; a folder is resumed where it was left.
@@ -109,6 +113,7 @@ def main():
             dist.all_reduce(pixels)  # the images of other ranks are 0 here
         if RANK == 0:
             save_together(args.out, kind, pixels, labels, model.config.class_names, about(None))
+    gather(torch.zeros(1))  # the other ranks have drawn their share, too
     report(args.out)
 
 
@@ -212,9 +217,8 @@ def load_small(path, size):
 
 def describe(args, model, process, labels, small):
     """A function of i: what a PNG says of the image that it holds, {key: text}."""
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     settings = {name: vars(args)[name] for name in ("seed", "method", "order", "eta", "guidance")}
-    settings |= process | {"weights": f"{zlib.crc32(flat.numpy()):08x}"}
+    settings |= process | {"weights": f"{checksum(model):08x}"}
     names = model.config.class_names
 
     def about(i):
@@ -235,7 +239,8 @@ def is_done(path, about):
         image.load()  # a picture that was cut short is drawn again
         for key, value in about.items():
             if image.info.get(key) != value:
-                raise ValueError(f"{path} was drawn with another {key}: take another --out")
+                was = f"{path} was drawn with another {key}: {image.info.get(key)}, now {value}"
+                raise ValueError(f"{was}; take another --out")
         return True
     return False
 

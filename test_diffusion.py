@@ -2627,6 +2627,44 @@ def test_a_second_signal_stops_at_once_and_an_ignored_one_stays_ignored(monkeypa
         assert ended.value.code == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_a_terminal_that_is_gone_ends_no_run(number, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    with command("train.py"):
+        stop = train.catch_signals()
+        monkeypatch.setattr(sys, "stderr", Gone())
+        train.say("a row of the log")
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.tolist() == [signal.SIGHUP]
+
+
+def test_ranks_that_differ_end_in_one_line(monkeypatch):
+    model_file.agree(3, "images")
+    monkeypatch.setattr(model_file, "gather", lambda number: torch.cat([number, number + 1]))
+    with pytest.raises(ValueError, match="the ranks see different images"):
+        model_file.agree(3, "images")
+    one, other = small_unet(), small_unet()
+    list(other.parameters())[-1].data[0] += 1e-6
+    assert model_file.checksum(one) != model_file.checksum(other)
+
+
+def test_ranks_compare_their_images_and_their_weights(place, monkeypatch, capsys):
+    compared = []
+    monkeypatch.setattr(train, "agree", lambda number, what: compared.append((number, what)))
+    np.savez("x.npz", arr_0=X)
+    assert train_here(*TINY, "--data", "x.npz", "--out", "run") == 0
+    assert [number for number, _ in compared] == [0, len(X)]  # the update, and the images
+    assert train_here(*"--eval-only --ckpt run --eval-calls 5 --device cpu".split()) == 0
+    assert compared[2] == (
+        model_file.checksum(load_checkpoint("run")[0]),
+        "weights in run: it was written meanwhile, start again",
+    )
+    assert compared[3][0] == len(X)
+
+
 def test_a_finished_run_is_left_as_it_is(whole, with_arrays, capsys):
     files = [whole / "ckpt.pt", whole / "log.csv"]
     before = [file.read_bytes() for file in files]
@@ -4154,7 +4192,75 @@ def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
     os.rename("cats/train", "moved")  # but data that moved are the same data
     os.makedirs("elsewhere")
     os.rename("moved", "elsewhere/train")
+    capsys.readouterr()
     assert train_here(*TINY[:-6], "--data", "elsewhere/train", "--steps", 2) == 0
+    moved = "the run in runs/train had the data cats/train/; now it has elsewhere/train/"
+    assert errors(capsys).count(moved) == 1
+
+
+def test_a_folder_named_like_a_data_set_does_not_resume_its_run(place, capsys):
+    np.savez("x.npz", arr_0=X)
+    assert train_here(*TINY, "--data", "x.npz", "--out", "runs/cifar10") == 0
+    state = read_checkpoint("runs/cifar10/ckpt.pt")
+    state["config"]["data"] = "cifar10"
+    save_checkpoint("runs/cifar10/ckpt.pt", state)
+    picture("else/cifar10/a.png")
+    assert train_here("--data", "else/cifar10") == 2
+    assert "has cifar10: give another --out" in errors(capsys)[-1]
+
+
+def test_a_run_that_was_moved_knows_where_it_is(run):
+    os.rename("run", "moved")
+    config, state, _ = train.configure(["--out", "moved"])
+    assert (config.out, config.ckpt, state["step"]) == ("moved", "moved/ckpt.pt", 1)
+
+
+class OneThread:
+    """A stand-in for a pool of threads."""
+
+    imap = staticmethod(map)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_of_two_runs_that_decode_at_once_both_use_the_first_ones_images(place, monkeypatch):
+    for colour in ("red", "lime"):
+        picture(f"p/{colour}.png", colour)
+    read, seen = train.read_image, []
+
+    def beside_another_run(*given):
+        if not seen:
+            seen.append(None)
+            assert load("p")[0] == ["lime", "red"]  # decodes them all, and is complete first
+            seen.extend(os.stat(f"data/cache/{name}").st_ino for name in os.listdir("data/cache")
+                        if not name.endswith(".tmp"))  # fmt: skip
+        return read(*given)
+
+    monkeypatch.setattr(train, "ThreadPool", OneThread)
+    monkeypatch.setattr(train, "read_image", beside_another_run)
+    assert load("p")[0] == ["lime", "red"]
+    (name,) = os.listdir("data/cache")
+    assert os.stat(f"data/cache/{name}").st_ino == seen[1]
+
+
+def test_an_npz_files_numbers_are_the_classes_of_a_network_without_names():
+    network = UNetConfig(num_classes=12)
+    numbers = tuple(str(k) for k in range(12))
+    for found in (set(numbers), {"2", "11"}):
+        assert train.number_classes(found, network, "x.npz") == numbers
+    assert train.number_classes(set(numbers), network, "p/") == tuple(sorted(numbers))
+    assert train.number_classes({*numbers[1:], "n01"}, network, "x.npz")[-1] == "n01"
+
+
+def test_weights_that_do_not_say_their_data_are_not_measured_on_digits(place, capsys):
+    torch.save(golden_weights(), "plain.pt")
+    flags = "--eval-only --ckpt plain.pt --schedule linear --T 20 --device cpu".split()
+    assert train_here(*flags) == 2
+    assert "plain.pt does not say its data: give --data" in errors(capsys)[-1]
 
 
 def test_weights_without_a_run_are_not_resumed(run, capsys):

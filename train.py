@@ -46,10 +46,10 @@ from tqdm import tqdm
 
 from diffusion import FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, few_steps, generator, randn
 from model import (
-    DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, autocast, draw_grid, first_line,
-    flag, load_checkpoint, load_npz, one_rank_first, parse_flags, pick_device, pick_dtype,
-    read_checkpoint, read_picture, report, run_script, save_checkpoint, say, some, spelt, to_pixels,
-    within, write,
+    DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, agree, autocast, checksum,
+    draw_grid, first_line, flag, load_checkpoint, load_npz, one_rank_first, parse_flags,
+    pick_device, pick_dtype, read_checkpoint, read_picture, report, run_script, save_checkpoint,
+    say, some, spelt, to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -71,7 +71,7 @@ FLAGS = {
     "data": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
         ("class_cond", False, SWITCH, "learn the classes, a folder's subfolders"),
-        ("label_dropout", 0.0, share, "share of the images shown without their class"),
+        ("label_dropout", 0.0, share, "share of images shown without a class, for --guidance"),
         ("flip", True, SWITCH, "mirror images at random"),
         ("low_res", None, within(1, 2048), "train an upsampler of images of N pixels a side"),
     ],
@@ -79,12 +79,12 @@ FLAGS = {
         ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
         ("schedule", "cosine", dict(choices=SCHEDULES), "the noise schedule"),
         ("T", 4000, within(2, 10**5), "the number of timesteps"),
-        ("variance", "learned", dict(choices=("learned", "small", "large")), "the variance of p"),
+        ("variance", "learned", dict(choices=("learned", "small", "large")), "the variance of a step, p(x_{t-1} | x_t)"),
         ("t_sampler", "uniform", dict(choices=T_SAMPLERS), "which t to train on"),
     ],
     "network": [
         ("channels", 128, within(1, 4096), "width at the full resolution"),
-        ("channel_mult", (1, 2, 2, 2), wholes, "width of each resolution, in --channels"),
+        ("channel_mult", (1, 2, 2, 2), wholes, "width of each resolution, times --channels"),
         ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
         ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
@@ -98,12 +98,12 @@ FLAGS = {
         ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0 does not clip"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
     ],
-    "the run, which may change when it is resumed": [
-        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder or X.npz"),
+    "the run (these may change when it is resumed)": [
+        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder, X.npz; sets defaults"),
         ("out", None, dict(metavar="DIR"), "the run's directory; runs/ and the data's name if absent"),
         ("steps", 500_000, whole, "updates in all"),
-        ("accum", 1, whole, "parts in which a rank computes its share of the batch"),
-        ("init", None, dict(metavar="FILE"), "checkpoint whose weights to start from"),
+        ("accum", 1, whole, "parts of the batch to compute in turn, to save memory"),
+        ("init", None, dict(metavar="FILE"), "weights to start a new run from"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
         ("compile", False, SWITCH, "compile the network with torch.compile"),
@@ -112,7 +112,7 @@ FLAGS = {
         ("save_every", 1_000, whole, "updates between checkpoints"),
     ],
     "bits per dimension": [
-        ("eval_only", False, SWITCH, "measure --ckpt on images of --data"),
+        ("eval_only", False, SWITCH, "measure --ckpt on images of --data; no training"),
         ("ckpt", None, dict(metavar="FILE"), "what to measure; the one in --out if not given"),
         ("eval_images", 10_000, whole, "the most images to measure"),
         ("eval_steps", None, whole, "steps of the process to measure; all if not given"),
@@ -122,7 +122,7 @@ FLAGS = {
 }  # fmt: skip
 GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
 MEASURE = GROUPS["bits per dimension"]
-MAY_CHANGE = MEASURE | GROUPS["the run, which may change when it is resumed"]
+MAY_CHANGE = MEASURE | GROUPS["the run (these may change when it is resumed)"]
 SHAPE = GROUPS["network"] - {"dropout"} | {"image_size", "low_res"}  # fixed by the weights
 PROCESS = ("schedule", "T", "variance", "time_scale")
 
@@ -294,7 +294,8 @@ class Log:
                 file.write(row)
         say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s")
         if in_a_row >= 100:
-            raise ValueError(f"no finite gradient in the 100 updates until {step}: lower --lr")
+            found = f"no finite gradient in the 100 updates until {step}"
+            raise ValueError(f"{found}: try a lower --lr, with another --out")
 
     def state(self, step):
         """What a checkpoint holds of the log. All ranks must call."""
@@ -418,6 +419,7 @@ def load_data(config, network=None, held_out=False):
         if absent := [name for name in classes if name not in present]:
             found += f"; none of {some(absent)}"
     say(found + notes)
+    agree(len(images), f"images in {config.data}: wait until it is complete, then start again")
     return images, labels, classes
 
 
@@ -425,8 +427,11 @@ def number_classes(found, network, data):
     """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
     if network is None:
         return tuple(sorted(found, key=natural))
-    # OpenAI's files and our older ones hold no names: they number the classes in plain order.
-    names, known = network.class_names or tuple(sorted(found)), network.num_classes
+    # OpenAI's files and our older ones hold no names: they number the classes in plain order, as an
+    # .npz file without names has done already.
+    known, numbers = network.num_classes, tuple(map(str, range(network.num_classes)))
+    numbered = data.lower().endswith(".npz") and found <= set(numbers)
+    names = network.class_names or (numbers if numbered else tuple(sorted(found)))
     if len(names) != known:
         raise ValueError(f"--data {data} has {len(names)} classes, the network knows {known}")
     if unknown := sorted(found - set(names)):
@@ -513,7 +518,7 @@ def decode(root, size, paths, cache):
     """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
 
     If `cache` holds them, only those that could not be read are tried again. A new folder is named
-    `cache` once it is complete: if two runs decode at once, the folder of the last one stays.
+    `cache` once it is complete: if two runs decode at once, both use the folder of the first one.
     """
     read = partial(read_image, root, size)
     with contextlib.suppress(OSError, ValueError, EOFError):
@@ -522,6 +527,7 @@ def decode(root, size, paths, cache):
         complete = good and os.path.getsize(f"{cache}/images.u8") == len(good) * 3 * size * size
         if complete and all(isinstance(reason, str) for reason in broken.values()):
             return good, broken
+    shutil.rmtree(cache, ignore_errors=True)
     good, broken = [], {}
     with tempfile.TemporaryDirectory(dir=os.path.dirname(cache), suffix=".tmp") as work:
         folder = os.path.join(work, "images")
@@ -534,8 +540,11 @@ def decode(root, size, paths, cache):
                 else:
                     file.write(image.tobytes())
                     good.append(path)
+            file.flush()
+            os.fsync(file.fileno())
         np.save(f"{folder}/paths.npy", good)
-        shutil.rmtree(cache, ignore_errors=True)
+        if os.path.exists(f"{cache}/paths.npy"):
+            return decode(root, size, paths, cache)
         os.rename(folder, cache)
     return good, broken
 
@@ -606,6 +615,7 @@ def evaluate(config, model, device, dtype):
     """
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
+    agree(checksum(model), f"weights in {config.ckpt}: it was written meanwhile, start again")
     images, labels, _ = load_data(config, model.config, held_out=True)
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
     n, mine = len(rows), rows[RANK::WORLD]
@@ -683,8 +693,11 @@ def configure(argv):
             raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
         run, fixed, whose = OLDER | state["config"], preset.keys() - MAY_CHANGE, f"the run in {out}"
         data = given.get("data", run["data"])
-        if data != run["data"] and "out" not in given and os.path.exists(run["data"]):
+        there = run["data"] in PRESETS or os.path.exists(run["data"])
+        if data != run["data"] and "out" not in given and there:
             raise ValueError(f"--data {data}, but {whose} has {run['data']}: give another --out")
+        if data != run["data"]:
+            say(f"{whose} had the data {run['data']}; now it has {data}")
     elif weights:
         schedule, T = given.get("schedule"), given.get("T")
         model, process = load_checkpoint(weights, schedule, T, num_heads=given.get("num_heads", 4))
@@ -692,7 +705,10 @@ def configure(argv):
         run["class_cond"] = model.config.num_classes is not None
         fixed, whose = SHAPE | {"class_cond"}, weights
         if given.get("eval_only"):
-            run["data"] = read_checkpoint(weights).get("config", {}).get("data", "digits")
+            stored = read_checkpoint(weights)
+            if "data" not in given and "format" not in stored:
+                raise ValueError(f"{weights} does not say its data: give --data")
+            run["data"] = stored.get("config", {}).get("data", "digits")
             if "data" not in given and run["data"] not in PRESETS:
                 say(f"measuring on the images of training, {run['data']}: --data names others")
         else:
@@ -703,7 +719,8 @@ def configure(argv):
         if given[name] != (held := run.get(name, preset[name])):
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(held)}"
             raise ValueError(f"{wrong}; leave it out, or take another --out or checkpoint")
-    config = Namespace(**preset | {"time_scale": None, "ckpt": ckpt} | run | given | {"out": out})
+    run |= {"ckpt": ckpt, "out": out}  # where the run is, not where it was
+    config = Namespace(**preset | {"time_scale": None} | run | given)
     if model and config.variance == "learned" and model.config.out_channels == 3:
         raise ValueError(f"--variance learned: {whose} predicts no variance")
     check(config, given)
@@ -734,7 +751,8 @@ def check(config, given):
     if config.data == "cifar10" and config.image_size != 32:
         raise ValueError(f"--image-size {config.image_size}: cifar10 has 32 pixels a side")
     if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
-        raise ValueError("--objective hybrid needs --variance learned: its second term trains it")
+        wrong = f"--variance {config.variance} needs --objective simple or vlb"
+        raise ValueError(f"{wrong}: hybrid, the default, trains a variance")
     if config.batch < WORLD * config.accum and not config.eval_only:
         raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
     if not config.class_cond:
@@ -757,8 +775,7 @@ def main():
         return evaluate(config, model, device, dtype)
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     start = state.get("step", 0)
-    if (gather(torch.tensor([start])) != start).any():
-        raise ValueError("the ranks see different checkpoints: nodes must share --out")
+    agree(start, "checkpoints: nodes must share --out")
     with open(os.path.join(config.out, ".lock"), "w") as file:
         if RANK == 0:
             lock(file, config.out)
