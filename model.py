@@ -459,7 +459,8 @@ def pick_dtype(name, device):
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
         known = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.6 does not have
-        name = "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "fp32"
+        native = device.type == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
+        name = "bf16" if native else "fp32"
     torch.backends.cudnn.allow_tf32 = name != "fp32"  # TF32 has a precision of 10 bits
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
