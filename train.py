@@ -751,8 +751,8 @@ def check(config, given):
     if config.data == "cifar10" and config.image_size != 32:
         raise ValueError(f"--image-size {config.image_size}: cifar10 has 32 pixels a side")
     if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
-        wrong = f"--variance {config.variance} needs --objective simple or vlb"
-        raise ValueError(f"{wrong}, not --objective hybrid, which trains a variance")
+        needs = f"--variance {config.variance} needs --objective simple or vlb"
+        raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
     if config.batch < WORLD * config.accum and not config.eval_only:
         raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
     if not config.class_cond:
