@@ -4256,6 +4256,15 @@ def test_an_npz_files_numbers_are_the_classes_of_a_network_without_names():
     assert train.number_classes({*numbers[1:], "n01"}, network, "x.npz")[-1] == "n01"
 
 
+def test_a_variance_that_nothing_trains_is_said(place, capsys):
+    np.savez("x.npz", arr_0=X)
+    said = "--objective simple trains no variance"
+    for more, count in (("", 1), ("--variance large", 0)):
+        flags = f"--objective simple {more} --data x.npz --out run{count}".split()
+        assert train_here(*TINY, *flags) == 0
+        assert capsys.readouterr().err.count(said) == count
+
+
 def test_weights_that_do_not_say_their_data_are_not_measured_on_digits(place, capsys):
     torch.save(golden_weights(), "plain.pt")
     flags = "--eval-only --ckpt plain.pt --schedule linear --T 20 --device cpu".split()

@@ -214,7 +214,8 @@ def train(config, state, device, dtype):
         t_sampler.update(t, losses[0])
         log.add(losses @ weights * (WORLD / config.batch), norm)
 
-        # Now and then: a row of the log, a checkpoint, a grid of samples.
+        # Now and then: a row of the log, a checkpoint, a grid of samples (in this order, so that a
+        # grid that kills the run costs nothing).
         done = step + 1
         last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
         if last or done % config.log_every == 0:
@@ -483,8 +484,8 @@ def load_cifar10(held_out):
 def load_folder(root, size, config):
     """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes. They are
     decoded once, into data/cache, and again if a file was added, removed or changed."""
-    mine = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    for caches in ("data/cache", os.path.join(tempfile.gettempdir(), mine)):
+    private = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    for caches in ("data/cache", os.path.join(tempfile.gettempdir(), private)):
         with contextlib.suppress(OSError):
             os.makedirs(caches, exist_ok=True)
             if os.access(caches, os.W_OK):
@@ -623,8 +624,8 @@ def evaluate(config, model, device, dtype):
     torch.manual_seed(generator(config.seed, RANK).initial_seed())
     exact = config.eval_calls >= diffusion.num_steps
     if not exact:  # two estimates of 1 + calls, and a pilot of about one call for each image
-        calls, few = (config.eval_calls - 3) // 2, max(1, n // WORLD // 32)
-        x0, y = to_device(images, labels, rows[: min(few, config.batch)], device)
+        calls, pilots = (config.eval_calls - 3) // 2, max(1, n // WORLD // 32)
+        x0, y = to_device(images, labels, rows[: min(pilots, config.batch)], device)
         with autocast(device, dtype):
             p = diffusion.pilot(give_low_res(model, x0, config.low_res), x0, y)
 
@@ -686,7 +687,7 @@ def configure(argv):
 
     # run: values that the run to resume, or a checkpoint, stores. fixed: those no flag may change.
     run, fixed, state, model = {}, set(), {}, None
-    weights = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
+    source = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
     if os.path.exists(ckpt) and not given.get("eval_only"):
         state = read_checkpoint(ckpt)
         if not isinstance(state.get("config"), dict):
@@ -698,16 +699,16 @@ def configure(argv):
             raise ValueError(f"--data {data}, but {whose} has {run['data']}: give another --out")
         if data != run["data"]:
             say(f"{whose} had the data {run['data']}; now it has {data}")
-    elif weights:
+    elif source:
         schedule, T = given.get("schedule"), given.get("T")
-        model, process = load_checkpoint(weights, schedule, T, num_heads=given.get("num_heads", 4))
+        model, process = load_checkpoint(source, schedule, T, num_heads=given.get("num_heads", 4))
         run = process | {name: getattr(model.config, name) for name in SHAPE}
         run["class_cond"] = model.config.num_classes is not None
-        fixed, whose = SHAPE | {"class_cond"}, weights
+        fixed, whose = SHAPE | {"class_cond"}, source
         if given.get("eval_only"):
-            stored = read_checkpoint(weights)
+            stored = read_checkpoint(source)
             if "data" not in given and "format" not in stored:
-                raise ValueError(f"{weights} does not say its data: give --data")
+                raise ValueError(f"{source} does not say its data: give --data")
             run["data"] = stored.get("config", {}).get("data", "digits")
             if "data" not in given and run["data"] not in PRESETS:
                 say(f"measuring on the images of training, {run['data']}: --data names others")
@@ -755,6 +756,8 @@ def check(config, given):
         raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
     if config.batch < WORLD * config.accum and not config.eval_only:
         raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
+    if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
+        say("--objective simple trains no variance: --variance large or small needs no training")
     if not config.class_cond:
         if given.get("label_dropout"):
             raise ValueError("--label-dropout needs --class-cond")
