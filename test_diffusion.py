@@ -4209,6 +4209,16 @@ def test_a_folder_named_like_a_data_set_does_not_resume_its_run(place, capsys):
     assert "has cifar10: give another --out" in errors(capsys)[-1]
 
 
+def test_what_another_run_saves_before_the_lock_is_not_lost(run, monkeypatch, capsys):
+    def saved_meanwhile(*_):
+        save_checkpoint("run/ckpt.pt", read_checkpoint("run/ckpt.pt") | {"step": 7})
+
+    monkeypatch.setattr(train, "lock", saved_meanwhile)
+    assert train_here("--out", "run", "--steps", 2) == 2
+    assert "another run has just written run/ckpt.pt: start again" in errors(capsys)[-1]
+    assert read_checkpoint("run/ckpt.pt")["step"] == 7
+
+
 def test_a_run_that_was_moved_knows_where_it_is(run):
     os.rename("run", "moved")
     config, state, _ = train.configure(["--out", "moved"])

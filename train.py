@@ -782,6 +782,8 @@ def main():
     with open(os.path.join(config.out, ".lock"), "w") as file:
         if RANK == 0:
             lock(file, config.out)
+            if os.path.exists(config.ckpt) and read_checkpoint(config.ckpt)["step"] != start:
+                raise ValueError(f"another run has just written {config.ckpt}: start again")
         train(config, state, device, dtype)
 
 
