@@ -4225,6 +4225,16 @@ def test_a_run_that_was_moved_knows_where_it_is(run):
     assert (config.out, config.ckpt, state["step"]) == ("moved", "moved/ckpt.pt", 1)
 
 
+def test_what_a_killed_run_left_in_the_cache_is_removed_a_day_later(place):
+    picture("p/a.png", "red")
+    for name, hours in (("old.tmp", 25), ("new.tmp", 23)):
+        os.makedirs(f"data/cache/{name}/images")
+        os.utime(f"data/cache/{name}", (time.time() - 3600 * hours,) * 2)
+    assert load("p")[0] == ["red"]
+    names = sorted(os.listdir("data/cache"))
+    assert names[0] == "new.tmp" and len(names) == 2
+
+
 class OneThread:
     """A stand-in for a pool of threads."""
 

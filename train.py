@@ -12,6 +12,7 @@ The same command again resumes the run from its last checkpoint, on any number o
 
 import contextlib
 import copy
+import glob
 import hashlib
 import os
 import re
@@ -529,6 +530,9 @@ def decode(root, size, paths, cache):
         if complete and all(isinstance(reason, str) for reason in broken.values()):
             return good, broken
     shutil.rmtree(cache, ignore_errors=True)
+    for left in glob.glob(os.path.join(os.path.dirname(cache), "*.tmp")):
+        if os.path.getmtime(left) < time.time() - 86_400:  # a run that was killed a day ago
+            shutil.rmtree(left, ignore_errors=True)
     good, broken = [], {}
     with tempfile.TemporaryDirectory(dir=os.path.dirname(cache), suffix=".tmp") as work:
         folder = os.path.join(work, "images")
