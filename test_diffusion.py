@@ -39,6 +39,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # one thread
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # optimizers import it: now, not while a test has replaced a function of torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch.distributions import Normal, kl_divergence
@@ -4179,6 +4180,8 @@ def test_a_run_is_measured_on_its_own_data_unless_others_are_given(place, capsys
     assert " on 6 images" in out and err.count(warning) == 1
     flags = "--eval-only --ckpt run --eval-calls 5 --device cpu --data x.npz".split()
     assert train_here(*flags) == 0 and warning not in capsys.readouterr().err
+    assert train_here(*flags, *"--steps 9 --lr 1 --seed 2 --flip".split()) == 0
+    assert errors(capsys).count("--eval-only has no use for --flip, --lr, --steps") == 1
     assert train_here("--eval-only", "--ckpt", "run", "--init", "run/ckpt.pt") == 2
     assert "--init" in errors(capsys)[-1]
 

@@ -124,6 +124,10 @@ FLAGS = {
 GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
 MEASURE = GROUPS["bits per dimension"]
 MAY_CHANGE = MEASURE | GROUPS["the run (these may change when it is resumed)"]
+TRAINS = GROUPS["training"] - {"batch", "seed"} | {  # what --eval-only has no use for
+    "label_dropout", "flip", "objective", "t_sampler", "dropout", "steps", "accum", "compile",
+    "log_every", "sample_every", "save_every",
+}  # fmt: skip
 SHAPE = GROUPS["network"] - {"dropout"} | {"image_size", "low_res"}  # fixed by the weights
 PROCESS = ("schedule", "T", "variance", "time_scale")
 
@@ -749,6 +753,8 @@ def check(config, given):
     """Refuse flags that contradict each other, before any data are read."""
     if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
         raise ValueError(f"{flag(min(unused))} is for --eval-only")
+    if config.eval_only and (unused := sorted(given.keys() & TRAINS)):
+        say(f"--eval-only has no use for {', '.join(map(flag, unused))}")
     if config.eval_only and "init" in given:
         raise ValueError("--init is for training: --ckpt says what to measure")
     if config.eval_steps and config.eval_steps > config.T:
