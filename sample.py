@@ -90,7 +90,7 @@ def main():
     diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
     kind = kind_of_output(args)
     device = pick_device(args.device)
-    agree(checksum(model), f"weights in {path}: it was written meanwhile, start again")
+    agree(int(about(None)["weights"], 16), f"weights in {path}: it was written meanwhile, start again")
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws its own share of the images; a folder is resumed where it was left.

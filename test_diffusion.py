@@ -4238,6 +4238,22 @@ def test_what_a_killed_run_left_in_the_cache_is_removed_a_day_later(place):
     assert names[0] == "new.tmp" and len(names) == 2
 
 
+def test_a_cache_that_cannot_be_replaced_ends_in_an_error(place, monkeypatch):
+    picture("p/a.png", "red")
+    assert load("p")[0] == ["red"]
+    (name,) = os.listdir("data/cache")
+    open(f"data/cache/{name}/images.u8", "wb").close()  # damaged, and another user's
+
+    def refuse(path, ignore_errors=False, **_):
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(PermissionError):
+            load("p")
+
+
 class OneThread:
     """A stand-in for a pool of threads."""
 

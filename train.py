@@ -533,7 +533,8 @@ def decode(root, size, paths, cache):
         complete = good and os.path.getsize(f"{cache}/images.u8") == len(good) * 3 * size * size
         if complete and all(isinstance(reason, str) for reason in broken.values()):
             return good, broken
-    shutil.rmtree(cache, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(cache)
     for left in glob.glob(os.path.join(os.path.dirname(cache), "*.tmp")):
         if os.path.getmtime(left) < time.time() - 86_400:  # a run that was killed a day ago
             shutil.rmtree(left, ignore_errors=True)
