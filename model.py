@@ -428,6 +428,8 @@ def flag(name):
 
 def spelt(value):
     """How a value is spelt on the command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else value

@@ -2,13 +2,13 @@
 
     python sample.py --n 64                        a grid, from the newest run or the one in assets/
     python sample.py --class 7 --guidance 2        class 7 alone, with guidance
-    python sample.py --order 1 --steps 250         the paper's sampler; --method ddim for DDIM
+    python sample.py --order 1 --steps 250         the paper's sampler; with --method ddim, DDIM
     python sample.py --n 16 --out denoising.gif    from noise to image, as a film
     python sample.py --low-res small.npz           an upsampler's large images of small ones
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out DIR    or X.npz; DIR is resumed
 
-Up to rounding, image i of a seed is the same whatever the batch and the number of ranks. After
-torchrun, -- hides --n from it.
+Up to rounding, image i of a seed is the same whatever the batch and the number of ranks. torchrun
+would take --n for a flag of its own: hence the -- before sample.py.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import zlib
 from argparse import Namespace
 from functools import partial
 
-if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # no traceback, even of the imports below
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # Ctrl-C ends without a traceback
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import numpy as np
@@ -41,7 +41,7 @@ from model import (
 )  # fmt: skip
 from sampler import gather
 
-whole, VARIANCES = within(1, 10**8), dict(choices=("learned", "small", "large"))
+whole = within(1, 10**8)
 FLAGS = {
     "what to draw": [
         ("ckpt", None, dict(metavar="FILE|DIR"), "checkpoint (default: the newest in runs/, else in assets/)"),
@@ -58,7 +58,7 @@ FLAGS = {
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2: more exact, at no further call"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
-        ("variance", None, VARIANCES, "of p, for --order 1 (default: the checkpoint's)"),
+        ("variance", None, dict(choices=("learned", "small", "large")), "of p, for --order 1 (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
@@ -78,19 +78,18 @@ def main():
     path = args.ckpt or newest_checkpoint()
     heads = args.num_heads or 4
     model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, heads)
-    if args.num_heads and args.num_heads != (held := model.config.num_heads):
-        raise ValueError(f"--num-heads {args.num_heads}: {path} has {held}")
+    check(args, model.config, process)
     small, labels = choose_inputs(args, model.config)
-    if (args.steps or 1) > process["T"]:
-        raise ValueError(f"--steps {args.steps}: the process has T = {process['T']}")
     few = few_steps(process["T"], model.config.image_size)
-    process["steps"] = args.steps or few["steps"]
-    process["spacing"], process["variance"] = args.spacing, args.variance or process["variance"]
-    process["min_alpha_bar"] = few["min_alpha_bar"] if args.order == 2 else 0.0
-    diffusion, about = Diffusion(**process), describe(args, model, process, labels, small)
+    process["steps"], process["spacing"] = args.steps or few["steps"], args.spacing
+    process["variance"] = args.variance or process["variance"]
+    if args.order == 2:  # the paper's sampler begins at the last timestep
+        process["min_alpha_bar"] = few["min_alpha_bar"]
+    diffusion, weights = Diffusion(**process), checksum(model)
+    about = describe(args, process, weights, model.config.class_names, labels, small)
     kind = kind_of_output(args)
     device = pick_device(args.device)
-    agree(int(about(None)["weights"], 16), f"weights in {path}: it was written meanwhile, start again")
+    agree(weights, f"weights in {path}: it was written meanwhile, start again")
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws its own share of the images; a folder is resumed where it was left.
@@ -120,6 +119,7 @@ def main():
 def draw(args, model, diffusion, small, labels, indices, shown):
     """Yield (i, frames) for each index: uint8 (F, 3, H, W), a frame for each step in `shown`."""
     device, size = diffusion.alphas_bar.device, model.config.image_size
+    dtype = pick_dtype(args.dtype, device)
     net = guided(model, args.guidance) if args.guidance != 1 else model
     bar = tqdm(total=len(indices), unit=" images", disable=not TTY or RANK > 0)
     for start in range(0, len(indices), args.batch):
@@ -131,13 +131,25 @@ def draw(args, model, diffusion, small, labels, indices, shown):
         walk = diffusion.trajectory(
             net_part, noise, y, args.method, args.eta, args.order, generators=generators
         )
-        with autocast(device, pick_dtype(args.dtype, device)):
+        with autocast(device, dtype):
             frames = [to_pixels(x) for step, x, _ in walk if step in shown]
         yield from zip(part, torch.stack(frames, dim=1))
         bar.update(len(part))
 
 
 # ---- What is drawn, and where it goes ------------------------------------------------------------
+
+
+def check(args, config, process):
+    """Refuse flags that contradict each other or the checkpoint."""
+    if args.num_heads and args.num_heads != config.num_heads:
+        raise ValueError(f"--num-heads {args.num_heads}: the checkpoint has {config.num_heads}")
+    if args.eta and args.method != "ddim":
+        raise ValueError("--eta is for --method ddim")
+    if args.variance and (args.order == 2 or args.method == "ddim"):
+        raise ValueError("--variance is for --order 1 --method ancestral: others have their own")
+    if args.steps and args.steps > process["T"]:
+        raise ValueError(f"--steps {args.steps}: the process has T = {process['T']}")
 
 
 def kind_of_output(args):
@@ -147,10 +159,6 @@ def kind_of_output(args):
     kind = suffix if suffix in (".png", ".gif", ".npz") else "folder"
     if kind == "folder" and "." in os.path.basename(args.out) and not os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} must be X.png, X.gif or X.npz, or a folder")
-    if args.eta and args.method != "ddim":
-        raise ValueError("--eta is for --method ddim")
-    if args.variance and (args.order == 2 or args.method == "ddim"):
-        raise ValueError("--variance is for --order 1 --method ancestral: others have their own")
     if args.n > 4096 and kind in (".png", ".gif"):
         raise ValueError(f"--n {args.n} is too much for a picture: take --out X.npz or a folder")
     if kind == ".npz" and os.path.exists(args.out):
@@ -172,9 +180,11 @@ def newest_checkpoint():
 def choose_inputs(args, config):
     """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
     known = config.class_names or tuple(map(str, range(config.num_classes or 0)))
-    small, names, asked = None, known, vars(args)["class"]  # names: of the images' classes, in turn
+    small, asked = None, vars(args)["class"]
+    names = known  # of the classes of image 0, 1, …, in turn
     if (args.low_res is None) != (config.low_res is None):
-        raise ValueError("an upsampler needs --low-res, other networks must not be given it")
+        needs = "needs" if config.low_res else "has no use for"
+        raise ValueError(f"this network {needs} --low-res")
     if args.low_res is not None:
         small, names = load_small(args.low_res, config.low_res)
         args.n = args.n or len(small)
@@ -215,11 +225,10 @@ def load_small(path, size):
     return torch.from_numpy(np.stack(images)).float() / 127.5 - 1, names
 
 
-def describe(args, model, process, labels, small):
+def describe(args, process, weights, names, labels, small):
     """A function of i: what a PNG says of the image that it holds, {key: text}."""
     settings = {name: vars(args)[name] for name in ("seed", "method", "order", "eta", "guidance")}
-    settings |= process | {"weights": f"{checksum(model):08x}"}
-    names = model.config.class_names
+    settings |= process | {"weights": f"{weights:08x}"}
 
     def about(i):
         label = {}

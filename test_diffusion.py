@@ -4080,7 +4080,7 @@ def test_a_resumed_run_refuses_what_conflicts(run, capsys):
         "objective": "vlb", "schedule": "linear", "T": 5, "variance": "small",
         "t_sampler": "importance", "channels": 16, "channel_mult": "1,1", "num_res_blocks": 2,
         "attention_resolutions": "8", "num_heads": 4, "dropout": 0.5, "batch": 5, "lr": 0.5,
-        "warmup": 9, "ema": 0.1, "grad_clip": 1, "seed": 6,
+        "warmup": 9, "ema": 0.1, "grad_clip": 1, "seed": 6, "init": "run",
     }  # fmt: skip
     groups = list(train.FLAGS.values())[:4]
     assert {name for rows in groups for name, *_ in rows} == other.keys()
@@ -4090,6 +4090,8 @@ def test_a_resumed_run_refuses_what_conflicts(run, capsys):
         assert train_here("--out", "run", "--data", "p", "--steps", 2, *given) == 2, name
         (line,) = errors(capsys)
         assert flag in line and "run" in line and "(" not in line.split("error: ")[1]
+        if value is None:
+            assert f"{flag} off: the run in run has on" in line
     assert open("run/ckpt.pt", "rb").read() == before
     flags = "--accum 2 --device auto --dtype bf16 --log-every 1 --sample-every 0 --save-every 1"
     assert train_here(*RESUME, "p", *flags.split()) == 0
@@ -4182,8 +4184,8 @@ def test_a_run_is_measured_on_its_own_data_unless_others_are_given(place, capsys
     assert train_here(*flags) == 0 and warning not in capsys.readouterr().err
     assert train_here(*flags, *"--steps 9 --lr 1 --seed 2 --flip".split()) == 0
     assert errors(capsys).count("--eval-only has no use for --flip, --lr, --steps") == 1
-    assert train_here("--eval-only", "--ckpt", "run", "--init", "run/ckpt.pt") == 2
-    assert "--init" in errors(capsys)[-1]
+    assert train_here(*flags, "--init", "run") == 0
+    assert errors(capsys).count("--eval-only has no use for --init") == 1
 
 
 def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
@@ -4199,6 +4201,9 @@ def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
     assert train_here(*TINY[:-6], "--data", "elsewhere/train", "--steps", 2) == 0
     moved = "the run in runs/train had the data cats/train/; now it has elsewhere/train/"
     assert errors(capsys).count(moved) == 1
+    again = os.path.abspath("elsewhere/train")  # the same folder, written otherwise
+    assert train_here(*TINY[:-6], "--data", again, "--steps", 3) == 0
+    assert not [line for line in errors(capsys) if "had the data" in line]
 
 
 def test_a_folder_named_like_a_data_set_does_not_resume_its_run(place, capsys):
@@ -5497,7 +5502,7 @@ BAD_SAMPLE = """
     --variance=small|--variance.*--order.1 --method=ddim,--order=1,--variance=large|--variance
     --batch=0|--batch --batch=x|--batch --device=gpu|--device --dtype=fp8|--dtype
     --T=1|--T --schedule=x|--schedule --time-scale=-1|--time-scale --num-heads=0|--num-heads
-    --num-heads=4|--num-heads.4.*ckpt.pt.has.2 --unknown|--unknown --step=3|--step word|word
+    --num-heads=4|--num-heads.4.*checkpoint.has.2 --unknown|--unknown --step=3|--step word|word
 """.split()
 
 

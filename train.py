@@ -26,11 +26,11 @@ from argparse import ArgumentTypeError, Namespace
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # for log_ndtr
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # has no log_ndtr, which bits/dim need
 
 
 def on_stop(handle):
-    """Let the signals to stop call handle, except those that are ignored, as under nohup."""
+    """Have the signals that stop a program call handle, but for ignored ones (as by nohup)."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
@@ -67,14 +67,14 @@ def list_of_numbers(text):
 whole, share = within(1, 10**9), within(0, 1, float)
 wholes = dict(type=list_of_numbers, metavar="N,N")
 
-# Name, the paper's value on CIFAR-10 (for flip, Ho et al.'s), kind, and meaning.
+# Name, the paper's value on CIFAR-10 (of flip, Ho et al.'s), what argparse must know, meaning.
 FLAGS = {
     "data": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
         ("class_cond", False, SWITCH, "learn the classes, a folder's subfolders"),
         ("label_dropout", 0.0, share, "share of images shown without a class, for --guidance"),
         ("flip", True, SWITCH, "mirror images at random"),
-        ("low_res", None, within(1, 2048), "train an upsampler of images of N pixels a side"),
+        ("low_res", None, within(1, 2048), "train an upsampler, of images N pixels a side to --image-size"),
     ],
     "process": [
         ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
@@ -98,13 +98,13 @@ FLAGS = {
         ("ema", 0.9999, share, "decay of the averaged weights"),
         ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0 does not clip"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
+        ("init", None, dict(metavar="FILE"), "weights to start a new run from"),
     ],
     "the run (these may change when it is resumed)": [
         ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder, X.npz; sets defaults"),
-        ("out", None, dict(metavar="DIR"), "the run's directory; runs/ and the data's name if absent"),
+        ("out", None, dict(metavar="DIR"), "the run's directory (default: runs/ and the name of the data)"),
         ("steps", 500_000, whole, "updates in all"),
         ("accum", 1, whole, "parts of the batch to compute in turn, to save memory"),
-        ("init", None, dict(metavar="FILE"), "weights to start a new run from"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
         ("compile", False, SWITCH, "compile the network with torch.compile"),
@@ -114,24 +114,18 @@ FLAGS = {
     ],
     "bits per dimension": [
         ("eval_only", False, SWITCH, "measure --ckpt on images of --data; no training"),
-        ("ckpt", None, dict(metavar="FILE"), "what to measure; the one in --out if not given"),
+        ("ckpt", None, dict(metavar="FILE"), "what to measure (default: the one in --out)"),
         ("eval_images", 10_000, whole, "the most images to measure"),
-        ("eval_steps", None, whole, "steps of the process to measure; all if not given"),
-        ("eval_calls", 10, within(5, 10**6), "network calls for an image; T for every term"),
+        ("eval_steps", None, whole, "measure the process in N of its steps (default: all)"),
+        ("eval_calls", 10, within(5, 10**6), "network calls spent on an image; T computes every term"),
         ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 is even, 3 closer near t = 0"),
     ],
 }  # fmt: skip
 GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
-MEASURE = GROUPS["bits per dimension"]
-MAY_CHANGE = MEASURE | GROUPS["the run (these may change when it is resumed)"]
-TRAINS = GROUPS["training"] - {"batch", "seed"} | {  # what --eval-only has no use for
-    "label_dropout", "flip", "objective", "t_sampler", "dropout", "steps", "accum", "compile",
-    "log_every", "sample_every", "save_every",
-}  # fmt: skip
-SHAPE = GROUPS["network"] - {"dropout"} | {"image_size", "low_res"}  # fixed by the weights
-PROCESS = ("schedule", "T", "variance", "time_scale")
+SHAPE = (GROUPS["network"] - {"dropout"}) | {"image_size", "low_res"}  # fixed by the weights
+PROCESS = ("schedule", "T", "variance", "time_scale")  # time_scale: other than None in OpenAI's
 
-# What differs for other data than CIFAR-10. A folder has the shape of the paper's ImageNet-64 network.
+# What differs for other data than CIFAR-10.
 DIGITS = dict(
     image_size=16, class_cond=True, label_dropout=0.1, flip=False, T=1000, channels=32,
     channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200,
@@ -140,8 +134,6 @@ DIGITS = dict(
 )  # fmt: skip
 FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
 PRESETS = {"digits": DIGITS, "cifar10": {}}
-OLDER = dict(label_dropout=0.0, low_res=None)  # of runs that are older than these flags
-MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -155,7 +147,7 @@ def train(config, state, device, dtype):
     # The data and the network. A wrong shape is refused before any data are read.
     shape = {name: getattr(config, name) for name in SHAPE}
     shape["out_channels"] = 6 if config.variance == "learned" else 3
-    network = UNetConfig(**shape | state.get("unet", {}) | {"dropout": config.dropout})
+    network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
     with torch.device("meta"):
         UNet(network)
     images, labels, classes = load_data(config, network if "unet" in state else None)
@@ -167,7 +159,7 @@ def train(config, state, device, dtype):
     # The process, and what trains the network. All that has a state goes into the checkpoint.
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process).to(device)
-    few = Diffusion(**process | few_steps(config.T, config.image_size)).to(device)  # for samples
+    few = Diffusion(**(process | few_steps(config.T, config.image_size))).to(device)  # for grids
     t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     params, averages = list(model.parameters()), list(average.parameters())
@@ -255,7 +247,7 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
     """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler, whose
     scale may be 1, has the fused optimizer skip the step on the device: the host need not wait."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)  # 1e30 only measures it
     scaler.step(optimizer)
     scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
     optimizer.zero_grad()
@@ -264,7 +256,7 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
 
 class Log:
     """The rows of log.csv: means over the updates since the last row. bits_per_dim is that of the
-    losses, which do not clip x0, as --eval-only does. The sums stay on the device, so that the host
+    losses; unlike --eval-only, these do not clip x0. The sums stay on the device, so that the host
     waits for it only once a row."""
 
     def __init__(self, config, state, device):
@@ -275,13 +267,13 @@ class Log:
         if RANK == 0:  # a killed run may have written rows after its last checkpoint
             rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
             rows = [row for row in rows if row.count(",") == 6 and row.endswith("\n")]
-            rows = [row for row in rows if int(row.split(",")[0]) <= start]
+            rows = [row for row in rows if float(row.split(",")[0]) <= start]
             text = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n" + "".join(rows)
             write(self.path, lambda file: file.write(text.encode()))
         self.bar = tqdm(total=config.steps, initial=start, unit=" updates", disable=not TTY or RANK)
 
     def add(self, means, norm):
-        """Book an update: its mean loss and bits/dim (2,), and the norm of its gradient."""
+        """Count an update: its mean loss and bits/dim (2,), and the norm of its gradient."""
         taken = norm.isfinite().float()
         values = torch.stack([*means, norm]).nan_to_num(0, 0, 0) * taken
         self.sums[:5] += torch.stack([*values, taken, 1 - taken])
@@ -289,7 +281,8 @@ class Log:
         self.bar.update()
 
     def write_row(self, step, lr, prior):
-        """Write the means since the last row. ValueError after 100 skipped updates in a row."""
+        """Write the means since the last row; prior is the L_T that completes the bound. Raises
+        ValueError after 100 skipped updates in a row."""
         loss, bits, norm, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
         loss, bits, norm = (value / max(taken, 1) for value in (loss, bits, norm))
         bits, seconds = bits + prior.item(), time.monotonic() - self.begin
@@ -371,7 +364,7 @@ def load_batch(config, images, labels, t_sampler, step, device):
     flip = torch.rand(B, 1, 1, 1, generator=g, device=device)[mine] < 0.5 * config.flip
     drop = torch.rand(B, generator=g, device=device)[mine] < config.label_dropout
     x0, y = to_device(images, labels, rows, device)
-    y = None if y is None else torch.where(drop, -1, y)
+    y = None if y is None else torch.where(drop, -1, y)  # -1: no class
     return torch.where(flip, x0.flip(3), x0), y, t[mine], weights[mine], noise
 
 
@@ -400,7 +393,7 @@ def load_data(config, network=None, held_out=False):
     """
     size, notes, labels = config.image_size, "", None
     if config.data == "digits":
-        seed = config.seed + 2**32 * held_out  # no run has the seed of held-out digits
+        seed = config.seed + (2**32 if held_out else 0)  # no run has the seed of held-out digits
         images, names = draw_digits(20_000, size, seed)
     elif config.data == "cifar10":
         images, names = load_cifar10(held_out)
@@ -411,7 +404,7 @@ def load_data(config, network=None, held_out=False):
     else:
         raise ValueError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
     if images.shape[2:] != (size, size):
-        raise ValueError(f"--image-size {size}: {config.data} has {images.shape[-1]} pixels a side")
+        raise ValueError(f"--data {config.data} has {images.shape[-1]} pixels a side, not {size}")
     found, classes = f"{len(images):,} images", None
     if config.class_cond:
         if names is None:
@@ -494,7 +487,7 @@ def load_folder(root, size, config):
         with contextlib.suppress(OSError):
             os.makedirs(caches, exist_ok=True)
             if os.access(caches, os.W_OK):
-                break
+                break  # the first where we can write
     ours = [caches, "data/cache", config.out, os.path.join(config.out, "samples")]
     listing, folders, left_out, others = list_images(root, leave_out=ours)
     paths = [path for path, *_ in listing]
@@ -553,7 +546,7 @@ def decode(root, size, paths, cache):
             file.flush()
             os.fsync(file.fileno())
         np.save(f"{folder}/paths.npy", good)
-        if os.path.exists(f"{cache}/paths.npy"):
+        if os.path.exists(f"{cache}/paths.npy"):  # another run was faster
             return decode(root, size, paths, cache)
         os.rename(folder, cache)
     return good, broken
@@ -574,7 +567,7 @@ def list_images(root, leave_out):
 
     def enter(inside):
         real = os.path.realpath(os.path.join(root, inside))
-        place = inside.split(os.sep)[0], real  # the class, and the folder itself
+        place = inside.split(os.sep)[0], real  # two classes may link to one folder
         leads_back = inside and outer.startswith(os.path.join(real, ""))
         if leads_back or place in entered or (inside and real in leave_out):
             return
@@ -587,13 +580,13 @@ def list_images(root, leave_out):
             if entry.name[0] == ".":
                 continue
             try:
-                about, suffix = entry.stat(), os.path.splitext(path)[1].lower()
+                info, suffix = entry.stat(), os.path.splitext(path)[1].lower()
                 if entry.is_dir():
                     enter(path)
                 elif suffix not in suffixes:
                     others.append(printable(suffix) or "no suffix")
                 elif entry.is_file():
-                    listing.append((path, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+                    listing.append((path, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
                 else:
                     left_out[path] = "not a regular file"
             except OSError as error:
@@ -630,13 +623,14 @@ def evaluate(config, model, device, dtype):
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
     n, mine = len(rows), rows[RANK::WORLD]
     model.to(device)
-    torch.manual_seed(generator(config.seed, RANK).initial_seed())
+    torch.manual_seed(generator(config.seed, RANK).initial_seed())  # each rank has its own noise
     exact = config.eval_calls >= diffusion.num_steps
     if not exact:  # two estimates of 1 + calls, and a pilot of about one call for each image
-        calls, pilots = (config.eval_calls - 3) // 2, max(1, n // WORLD // 32)
-        x0, y = to_device(images, labels, rows[: min(pilots, config.batch)], device)
-        with autocast(device, dtype):
-            p = diffusion.pilot(give_low_res(model, x0, config.low_res), x0, y)
+        calls, points = (config.eval_calls - 3) // 2, 32
+        pilots = rows[: min(max(1, n // WORLD // points), config.batch)]
+        x0, y = to_device(images, labels, pilots, device)
+        with autocast(device, dtype):  # p is how often to draw each t
+            p = diffusion.pilot(give_low_res(model, x0, config.low_res), x0, y, points)
 
     # For each image the bound, half the difference of the estimates, and the prior. For each t the
     # sum of all L_t, and their number.
@@ -683,6 +677,17 @@ def evaluate(config, model, device, dtype):
 
 # ---- From the command line to the run ----------------------------------------------------------
 
+MEASURE = GROUPS["bits per dimension"]
+MAY_CHANGE = MEASURE | GROUPS["the run (these may change when it is resumed)"]
+OLDER = dict(label_dropout=0.0, low_res=None)  # of runs that are older than these flags
+NOT_MEASURED = (GROUPS["training"] - {"batch", "seed"}) | {
+    "label_dropout", "flip", "objective", "t_sampler", "dropout", "steps", "accum", "compile",
+    "log_every", "sample_every", "save_every",
+}  # fmt: skip
+# channel_mult of a folder's image size; 64 is the paper's ImageNet-64 network.
+MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4),
+         256: (1, 1, 2, 2, 4, 4)}  # fmt: skip
+
 
 def configure(argv):
     """-> the configuration (a Namespace), the dict of the checkpoint to start from or {}, and the
@@ -690,8 +695,8 @@ def configure(argv):
     """
     usage = "[torchrun] train.py [--data digits|cifar10|DIR|X.npz] [flags]"
     given, preset = parse_flags(usage, FLAGS, argv, preset_of)
-    data = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
-    out = given.get("out", os.path.join("runs", data))
+    name = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
+    out = given.get("out", os.path.join("runs", name))
     ckpt = os.path.join(out, "ckpt.pt")
 
     # run: values that the run to resume, or a checkpoint, stores. fixed: those no flag may change.
@@ -701,13 +706,12 @@ def configure(argv):
         state = read_checkpoint(ckpt)
         if not isinstance(state.get("config"), dict):
             raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
-        run, fixed, whose = OLDER | state["config"], preset.keys() - MAY_CHANGE, f"the run in {out}"
-        data = given.get("data", run["data"])
-        there = run["data"] in PRESETS or os.path.exists(run["data"])
-        if data != run["data"] and "out" not in given and there:
-            raise ValueError(f"--data {data}, but {whose} has {run['data']}: give another --out")
-        if data != run["data"]:
-            say(f"{whose} had the data {run['data']}; now it has {data}")
+        run, fixed = OLDER | state["config"], preset.keys() - MAY_CHANGE
+        whose, data, old = f"the run in {out}", given.get("data", run["data"]), run["data"]
+        if where(data) != where(old):
+            if "out" not in given and (old in PRESETS or os.path.exists(old)):
+                raise ValueError(f"--data {data}, but {whose} has {old}: give another --out")
+            say(f"{whose} had the data {old}; now it has {data}")
     elif source:
         schedule, T = given.get("schedule"), given.get("T")
         model, process = load_checkpoint(source, schedule, T, num_heads=given.get("num_heads", 4))
@@ -730,11 +734,17 @@ def configure(argv):
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(held)}"
             raise ValueError(f"{wrong}; leave it out, or take another --out or checkpoint")
     run |= {"ckpt": ckpt, "out": out}  # where the run is, not where it was
-    config = Namespace(**preset | {"time_scale": None} | run | given)
+    config = Namespace(**(preset | {"time_scale": None} | run | given))
+    config.label_dropout *= config.class_cond
     if model and config.variance == "learned" and model.config.out_channels == 3:
         raise ValueError(f"--variance learned: {whose} predicts no variance")
     check(config, given)
     return config, state, model
+
+
+def where(data):
+    """What tells one --data from another: a folder is the same however its path is written."""
+    return data if data in PRESETS else os.path.realpath(data)
 
 
 def preset_of(given):
@@ -747,17 +757,15 @@ def preset_of(given):
     else:
         given["data"] = os.path.join(os.path.normpath(data), "")  # ./cifar10 is not the data set
     size = given.get("image_size", size)
-    return FOLDER | dict(image_size=size, channel_mult=MULTS.get(size, (1, 2, 3, 4)))
+    return FOLDER | dict(image_size=size, channel_mult=MULTS.get(size, MULTS[64]))
 
 
 def check(config, given):
-    """Refuse flags that contradict each other, before any data are read."""
+    """Refuse flags that contradict each other, before any images are drawn or decoded."""
     if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
         raise ValueError(f"{flag(min(unused))} is for --eval-only")
-    if config.eval_only and (unused := sorted(given.keys() & TRAINS)):
+    if config.eval_only and (unused := sorted(given.keys() & NOT_MEASURED)):
         say(f"--eval-only has no use for {', '.join(map(flag, unused))}")
-    if config.eval_only and "init" in given:
-        raise ValueError("--init is for training: --ckpt says what to measure")
     if config.eval_steps and config.eval_steps > config.T:
         raise ValueError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
     if config.data == "cifar10" and config.image_size != 32:
@@ -769,18 +777,16 @@ def check(config, given):
         raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
     if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
         say("--objective simple trains no variance: --variance large or small needs no training")
-    if not config.class_cond:
-        if given.get("label_dropout"):
-            raise ValueError("--label-dropout needs --class-cond")
-        config.label_dropout = 0.0
+    if given.get("label_dropout") and not config.class_cond:
+        raise ValueError("--label-dropout needs --class-cond")
 
 
 def main():
     config, state, model = configure(sys.argv[1:])
-    say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
-    device = pick_device(config.device)
     if config.eval_only and config.dtype == "auto":
         config.dtype = "fp32"  # bf16 biases bits/dim by about 0.02
+    say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
+    device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
