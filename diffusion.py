@@ -93,10 +93,10 @@ class Diffusion:
         alphas_bar = torch.cumprod(1 - betas, 0)
         last = max(0, int((alphas_bar >= min_alpha_bar).sum()) - 1)
         chosen = T if steps is None else steps
-        if isinstance(chosen, int):
+        if isinstance(chosen, (int, np.integer)):
             chosen = select_timesteps(min(chosen, last + 1), last, spacing)
         timesteps = torch.tensor(sorted(set(chosen)))
-        too_many = isinstance(steps, int) and steps > T
+        too_many = isinstance(steps, (int, np.integer)) and steps > T
         if too_many or not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"steps must be 1 … {T}, or a list of 0 … {T - 1}, not {steps}")
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)

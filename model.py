@@ -54,7 +54,7 @@ class UNetConfig:
         if not sizes or size != sizes[-1] << len(sizes) - 1:
             raise ValueError(f"--channel-mult {spelt(mult)} does not halve --image-size {size}")
         if unknown := set(self.attention_resolutions) - set(sizes):
-            raise ValueError(f"no --attention at resolution {unknown.pop()}: there are {sizes}")
+            raise ValueError(f"--attention {unknown.pop()}: the resolutions are {spelt(sizes)}")
         if low_res and (size % low_res or low_res == size):
             raise ValueError(f"--low-res {low_res} must divide {size} and be smaller")
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         if channels % self.num_heads:
-            raise ValueError(f"--num-heads {self.num_heads} do not divide {channels} channels")
+            raise ValueError(f"--num-heads {self.num_heads} does not divide {channels} channels")
         self.norm = GroupNorm(channels, config.norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero(nn.Conv2d(channels, channels, 1))
@@ -225,7 +225,7 @@ def attend(q, k, v):
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 
-FORMAT = 1  # of our files; a higher number was written by a newer version
+FORMAT = 1  # of our files; to be raised when older code would misread a newer file
 
 # openai/improved-diffusion's names for our layers.
 OPENAI_NAMES = {
@@ -244,26 +244,29 @@ OPENAI_FILES = {
 }
 
 
-def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=4):
+def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=None):
     """UNet with the EMA weights, in eval mode, and Diffusion's arguments, both from the file.
 
     The file is ours or one that openai/improved-diffusion released. Other plain state dicts of its
-    UNets need the arguments after path. For all files, the given schedule, T and time_scale replace
-    what the file says. Raises OSError, or ValueError if the file is damaged or foreign.
+    UNets need schedule and T; of time_scale and num_heads, the defaults are None and 4. Raises
+    OSError, or ValueError if the file is damaged or foreign, or does not agree with what is given.
     """
     state = read_checkpoint(path)
+    given = dict(schedule=schedule, T=T, time_scale=time_scale, num_heads=num_heads)
     try:
         if "format" not in state:
             known = [v for k, v in OPENAI_FILES.items() if os.path.basename(path).startswith(k)]
-            state = from_openai(state, *(known or [(schedule, T, time_scale, num_heads)])[0])
+            state = from_openai(state, *(known or [(schedule, T, time_scale, num_heads or 4)])[0])
         model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
         model.load_state_dict(state["ema"])
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
-    given = dict(schedule=schedule, T=T, time_scale=time_scale)
-    process = process | {name: value for name, value in given.items() if value is not None}
     if process["schedule"] is None or process["T"] is None:
         raise ValueError(f"{path} does not say its process: give --schedule and --T")
+    held = process | {"num_heads": model.config.num_heads}
+    for name, value in given.items():
+        if value is not None and value != held.get(name):
+            raise ValueError(f"{flag(name)} {value}: {path} has {spelt(held.get(name))}")
     return model.eval(), process
 
 
@@ -430,7 +433,7 @@ def spelt(value):
     """How a value is spelt on the command line."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else value
 
@@ -441,7 +444,7 @@ def pick_device(name):
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(n for n in found if found[n]) if name == "auto" else name
     if not found[name]:
-        raise ValueError(f"--device {name}: there is none here")
+        raise ValueError(f"--device {name}: this machine has none")
     device, backend = torch.device(name), "gloo"
     if name == "cuda":
         if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -526,7 +529,7 @@ def load_npz(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or its images or labels are no arrays") from error
+        raise ValueError(f"{path} is damaged, or holds more than plain arrays") from error
     if images is None:
         raise ValueError(f"{path} has no arr_0 or images, but {found}")
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)

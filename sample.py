@@ -45,7 +45,7 @@ whole = within(1, 10**8)
 FLAGS = {
     "what to draw": [
         ("ckpt", None, dict(metavar="FILE|DIR"), "checkpoint (default: the newest in runs/, else in assets/)"),
-        ("n", None, whole, "images; 64, or with --low-res one for each small image"),
+        ("n", None, whole, "images (default: 64; with --low-res, one for each small image)"),
         ("class", None, dict(metavar="NAME|K"), "the class to draw (default: all classes in turn)"),
         ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none"),
         ("low_res", None, dict(metavar="PATH"), "an upsampler's small images: X.npz, picture, folder"),
@@ -53,7 +53,7 @@ FLAGS = {
         ("out", "samples.png", dict(metavar="PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
-        ("steps", None, whole, f"network calls (default: {FEW_STEPS})"),
+        ("steps", None, whole, f"network calls for an image, at most (default: {FEW_STEPS})"),
         ("spacing", 1.0, within(1, 10, float), "1 is even, 3 closer near t = 0"),
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2: more exact, at no further call"),
@@ -64,9 +64,9 @@ FLAGS = {
         ("dtype", "auto", DTYPES, "precision of matrix products"),
     ],
     "what a plain state dict does not say": [
-        ("T", None, within(2, 10**5), "timesteps it was trained on (default: the checkpoint's)"),
-        ("schedule", None, dict(choices=SCHEDULES), "noise schedule (default: the checkpoint's)"),
-        ("time_scale", None, within(0, 1e6, float), "the network is given t·X (default: the checkpoint's)"),
+        ("T", None, within(2, 10**5), "timesteps that it was trained on"),
+        ("schedule", None, dict(choices=SCHEDULES), "its noise schedule"),
+        ("time_scale", None, within(0, 1e6, float), "the network is given t·X (default: t·1000/T)"),
         ("num_heads", None, within(1, 4096), "heads of attention (default: 4)"),
     ],
 }  # fmt: skip
@@ -76,8 +76,8 @@ def main():
     given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, sys.argv[1:], lambda _: {})
     args = Namespace(**preset | given)
     path = args.ckpt or newest_checkpoint()
-    heads = args.num_heads or 4
-    model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, heads)
+    plain = args.schedule, args.T, args.time_scale, args.num_heads
+    model, process = load_checkpoint(path, *plain)
     check(args, model.config, process)
     small, labels = choose_inputs(args, model.config)
     few = few_steps(process["T"], model.config.image_size)
@@ -142,8 +142,8 @@ def draw(args, model, diffusion, small, labels, indices, shown):
 
 def check(args, config, process):
     """Refuse flags that contradict each other or the checkpoint."""
-    if args.num_heads and args.num_heads != config.num_heads:
-        raise ValueError(f"--num-heads {args.num_heads}: the checkpoint has {config.num_heads}")
+    if args.variance == "learned" and config.out_channels == 3:
+        raise ValueError("--variance learned: the checkpoint predicts no variance")
     if args.eta and args.method != "ddim":
         raise ValueError("--eta is for --method ddim")
     if args.variance and (args.order == 2 or args.method == "ddim"):
@@ -203,7 +203,7 @@ def choose_inputs(args, config):
     number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
     if unknown := [name for name in names if name not in number]:
         where = args.low_res if asked is None else "--class"
-        raise ValueError(f"{where} {unknown[0]}: the network has no such class, but {some(known)}")
+        raise ValueError(f"{where} {unknown[0]}: no class of the network, which has {some(known)}")
     labels = torch.tensor([number[name] for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
 

@@ -1,7 +1,7 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 
-This file stands alone. Of the mathematics, it alone speaks to other ranks. The samplers
-are modules: .to(device) moves them, and what they have learned is their .state_dict().
+This file stands alone. Of the mathematics, it alone exchanges tensors with other ranks. The
+samplers are modules: .to(device) moves them, and what they have learned is their .state_dict().
 """
 
 import torch
@@ -39,7 +39,7 @@ class ImportanceSampler(torch.nn.Module):
         super().__init__()
         self.T, self.history, self.uniform = T, history, uniform
         # For each t, its last losses, the oldest to be overwritten next, and how many it ever had.
-        self.register_buffer("losses", torch.zeros(T, history))
+        self.register_buffer("losses", torch.zeros(T, history, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))
 
     def probabilities(self):

@@ -1626,9 +1626,12 @@ def test_a_checkpoint_gives_the_averaged_weights_ready_to_sample(tmp_path):
         assert loaded.config == model.config and not loaded.training
         assert torch.equal(loaded(*given), model(*given))
         assert process == dict(schedule="linear", T=30, variance="learned")
-    other = load_checkpoint(tmp_path, "cosine", 50, 0.5)[1]  # what is given goes before
-    assert other == dict(schedule="cosine", T=50, variance="learned", time_scale=0.5)
-    assert Diffusion(**other).times[-1] == 49 * 0.5
+    held = dict(schedule="linear", T=30, time_scale=None, num_heads=2)
+    assert load_checkpoint(tmp_path, **held)[1] == process
+    for other in (dict(schedule="cosine"), dict(T=31), dict(time_scale=0.5), dict(num_heads=1)):
+        (name,) = other
+        with pytest.raises(ValueError, match=f"{name}.*{other[name]}.*ckpt|has {held[name]}".replace("_", ".")):
+            load_checkpoint(tmp_path / "ckpt.pt", **other)
     assert read_checkpoint(tmp_path)["format"] == 1
 
 
@@ -4105,7 +4108,10 @@ def test_a_measured_network_keeps_its_shape_and_may_change_its_process(run, caps
         assert train_here(*EVAL, "p", *flags.split()) == 2
         (line,) = errors(capsys)
         assert flags.split()[0].replace("--no-", "--") in line
-    for flags in ("--variance small", "--schedule linear", "--image-size 8", "--eval-steps 2"):
+    for flags in ("--schedule linear", "--T 5"):  # a process other than that of the training
+        assert train_here(*EVAL, "p", *flags.split()) == 2
+        assert re.search(f"{flags}: run has (cosine|4)", errors(capsys)[-1])
+    for flags in ("--variance small", "--schedule cosine", "--image-size 8", "--eval-steps 2"):
         assert train_here(*EVAL, "p", *flags.split()) == 0
     capsys.readouterr()
     assert train_here(*EVAL, "p", "--eval-steps", 5) == 2
@@ -5088,8 +5094,7 @@ def test_each_flag_of_the_sampler_reaches_it_and_changes_the_image(here, monkeyp
     for name, flags in enumerate((
         "", "--order 1", "--order 1 --variance small", "--order 1 --variance large",
         "--method ddim", "--method ddim --eta 0.5", "--method ddim --order 1", "--steps 5",
-        "--steps 5 --spacing 2", "--guidance 2", "--class 2", "--seed 1", "--schedule linear",
-        "--time-scale 0.5", "--T 50",
+        "--steps 5 --spacing 2", "--guidance 2", "--class 2", "--seed 1",
     )):  # fmt: skip
         out = f"{name}.npz"
         sample("--ckpt", "ckpt.pt", "--n", 2, "--steps", 8, *flags.split(), "--out", out)
@@ -5103,7 +5108,7 @@ def test_each_flag_of_the_sampler_reaches_it_and_changes_the_image(here, monkeyp
         assert process.variance == words.get("--variance", "learned")
         assert process.num_steps == int(words.get("--steps", 8)) and not walks
         assert (process.alphas_bar[-1] >= 2 / 64) == (walk["order"] == 2)  # where it begins
-        assert process.T == int(words.get("--T", 60))
+        assert process.T == 60
         assert walk["y"].tolist() == ([2, 2] if "--class" in words else [0, 1])
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         assert abs(a[0] - b[0]).max() > 1, (one, other)
@@ -5502,7 +5507,7 @@ BAD_SAMPLE = """
     --variance=small|--variance.*--order.1 --method=ddim,--order=1,--variance=large|--variance
     --batch=0|--batch --batch=x|--batch --device=gpu|--device --dtype=fp8|--dtype
     --T=1|--T --schedule=x|--schedule --time-scale=-1|--time-scale --num-heads=0|--num-heads
-    --num-heads=4|--num-heads.4.*checkpoint.has.2 --unknown|--unknown --step=3|--step word|word
+    --num-heads=4|--num-heads.4.*ckpt.pt.has.2 --unknown|--unknown --step=3|--step word|word
 """.split()
 
 

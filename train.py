@@ -96,7 +96,7 @@ FLAGS = {
         ("lr", 1e-4, share, "AdamW's learning rate"),
         ("warmup", 0, within(0, 10**9), "updates until the learning rate is reached"),
         ("ema", 0.9999, share, "decay of the averaged weights"),
-        ("grad_clip", 0.0, within(0, 1e9, float), "largest norm of a gradient; 0 does not clip"),
+        ("grad_clip", 0.0, within(0, 1e9, float), "scale larger gradients down to this norm; 0 for never"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
         ("init", None, dict(metavar="FILE"), "weights to start a new run from"),
     ],
@@ -117,7 +117,7 @@ FLAGS = {
         ("ckpt", None, dict(metavar="FILE"), "what to measure (default: the one in --out)"),
         ("eval_images", 10_000, whole, "the most images to measure"),
         ("eval_steps", None, whole, "measure the process in N of its steps (default: all)"),
-        ("eval_calls", 10, within(5, 10**6), "network calls spent on an image; T computes every term"),
+        ("eval_calls", 10, within(5, 10**6), "network calls for an image, at most; T computes every term"),
         ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 is even, 3 closer near t = 0"),
     ],
 }  # fmt: skip
@@ -144,7 +144,7 @@ def train(config, state, device, dtype):
 
     state  the checkpoint of the run to resume, the weights to start from, or nothing: {}
     """
-    # The data and the network. A wrong shape is refused before any data are read.
+    # The data and the network. A wrong shape is refused before images are drawn or decoded.
     shape = {name: getattr(config, name) for name in SHAPE}
     shape["out_channels"] = 6 if config.variance == "learned" else 3
     network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
@@ -214,7 +214,8 @@ def train(config, state, device, dtype):
         # Now and then: a row of the log, a checkpoint, a grid of samples (in this order, so that a
         # grid that kills the run costs nothing).
         done = step + 1
-        last, stopping = done == config.steps, int(gather(stop).max())  # on the CPU: no wait
+        last = done == config.steps
+        stopping = 0 if last else int(gather(stop).max())  # on the CPU: no wait
         if last or done % config.log_every == 0:
             log.write_row(done, lr, diffusion.prior(x0).mean())
         draws = config.sample_every and (last or done % config.sample_every == 0)
@@ -266,7 +267,7 @@ class Log:
         self.sums = state.get("sums", torch.zeros(6)).to(device)
         if RANK == 0:  # a killed run may have written rows after its last checkpoint
             rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
-            rows = [row for row in rows if row.count(",") == 6 and row.endswith("\n")]
+            rows = [row for row in rows if re.fullmatch(r"\d+(\.\d+)?(,[^,\n]+){6}\n", row)]
             rows = [row for row in rows if float(row.split(",")[0]) <= start]
             text = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n" + "".join(rows)
             write(self.path, lambda file: file.write(text.encode()))
@@ -713,8 +714,8 @@ def configure(argv):
                 raise ValueError(f"--data {data}, but {whose} has {old}: give another --out")
             say(f"{whose} had the data {old}; now it has {data}")
     elif source:
-        schedule, T = given.get("schedule"), given.get("T")
-        model, process = load_checkpoint(source, schedule, T, num_heads=given.get("num_heads", 4))
+        plain = {name: given.get(name) for name in ("schedule", "T", "num_heads")}
+        model, process = load_checkpoint(source, **plain)
         run = process | {name: getattr(model.config, name) for name in SHAPE}
         run["class_cond"] = model.config.num_classes is not None
         fixed, whose = SHAPE | {"class_cond"}, source
@@ -749,19 +750,24 @@ def where(data):
 
 def preset_of(given):
     """What the data change of the paper's values. In `given`, a folder's name gets a slash."""
-    data, size = given.get("data", "digits"), 64
-    if data in PRESETS:
-        return PRESETS[data]
+    data = given.get("data", "digits")
+    preset = PRESETS.get(data, FOLDER)
+    size = preset.get("image_size", 32)
     if data.lower().endswith(".npz"):
         size = load_npz(data)[0].shape[-1]
-    else:
+    elif data not in PRESETS:
         given["data"] = os.path.join(os.path.normpath(data), "")  # ./cifar10 is not the data set
     size = given.get("image_size", size)
-    return FOLDER | dict(image_size=size, channel_mult=MULTS.get(size, MULTS[64]))
+    mult = given.get("channel_mult", preset.get("channel_mult", MULTS.get(size, MULTS[64])))
+    sizes = [size >> level for level in range(len(mult))]
+    usual = [side for side in preset.get("attention_resolutions", (16, 8)) if side in sizes]
+    attention = tuple(usual or [side for side in sizes if 8 <= side <= 16])
+    return preset | dict(image_size=size, channel_mult=mult, attention_resolutions=attention)
 
 
 def check(config, given):
-    """Refuse flags that contradict each other, before any images are drawn or decoded."""
+    """Refuse flags that contradict each other, and say which have no effect, before images are
+    drawn or decoded."""
     if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
         raise ValueError(f"{flag(min(unused))} is for --eval-only")
     if config.eval_only and (unused := sorted(given.keys() & NOT_MEASURED)):
@@ -774,9 +780,9 @@ def check(config, given):
         needs = f"--variance {config.variance} needs --objective simple or vlb"
         raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
     if config.batch < WORLD * config.accum and not config.eval_only:
-        raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
+        raise ValueError(f"--batch {config.batch} is less than --accum {config.accum} × {WORLD} ranks")
     if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
-        say("--objective simple trains no variance: --variance large or small needs no training")
+        say("--objective simple trains no variance: take --variance large or small")
     if given.get("label_dropout") and not config.class_cond:
         raise ValueError("--label-dropout needs --class-cond")
 
@@ -785,7 +791,9 @@ def main():
     config, state, model = configure(sys.argv[1:])
     if config.eval_only and config.dtype == "auto":
         config.dtype = "fp32"  # bf16 biases bits/dim by about 0.02
-    say(" ".join(f"{name}={value}" for name, value in vars(config).items() if value is not None))
+    unused = (NOT_MEASURED | {"out"} if config.eval_only else MEASURE) | {"eval_only"}
+    values = {name: value for name, value in vars(config).items() if name not in unused}
+    say(" ".join(f"{name}={value}" for name, value in values.items() if value is not None))
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
