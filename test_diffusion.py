@@ -98,15 +98,33 @@ def train_here(*argv):
     return 0
 
 
-def start(name, *argv, processes=1):
-    """Start a script in processes of its own."""
-    python = [sys.executable]
-    if processes > 1:
-        python += f"-m torch.distributed.run --standalone --nproc-per-node {processes} --".split()
-    command = map(str, [*python, os.path.join(ROOT, name), *argv])
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+ENVIRONMENT = dict(os.environ)  # of other processes, whatever a test sets meanwhile
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
+
+
+def run_python(folder, *argv):
+    """Run `python argv` in a folder -> what became of it."""
+    command = [sys.executable, *map(str, argv)]
+    how = dict(cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, **how)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def start_early(request):
+    """Some tests wait for processes of their own. What of these the tests to be run ask for is
+    started now, in the order in which the tests come, and done beside them."""
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    for name in ("signalled_starts", "killed_run", "two_ranks", "drawn_by_two_ranks"):
+        if name in wanted:
+            request.getfixturevalue(name)
+
+
+@pytest.fixture(scope="module")
+def beside():
+    """Does what is submitted to it beside the tests, one thing after the other."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
@@ -2540,16 +2558,26 @@ for _ in range(2):
 """
 
 
+KILLED = [*FULL, "--save-every", "1", "--steps", "24"]
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory, beside):
+    folder = tmp_path_factory.mktemp("killed")
+    make_npz(folder / "x.npz")
+    return folder, beside.submit(run_python, folder, "-c", KILLER, ROOT, *KILLED, "--out", "run")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test needs fork")
-def test_a_run_killed_at_random_moments_resumes_to_the_bit(with_arrays):
-    flags = [*FULL, "--save-every", "1", "--steps", "24"]
-    command = [sys.executable, "-c", KILLER, ROOT, *flags, "--out", "run"]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=100)
+def test_a_run_killed_at_random_moments_resumes_to_the_bit(killed_run, monkeypatch):
+    folder, killing = killed_run
+    killed = killing.result()
     assert killed.returncode == 0, killed.stderr
     assert "Error" not in killed.stderr and "error" not in killed.stderr
+    monkeypatch.chdir(folder)
     assert os.path.exists("run/ckpt.pt")
-    assert script("train.py", *flags, "--out", "run") == 0
-    assert script("train.py", *flags, "--out", "whole") == 0
+    assert script("train.py", *KILLED, "--out", "run") == 0
+    assert script("train.py", *KILLED, "--out", "whole") == 0
     assert_is_the_same_run("run", "whole")
 
 
@@ -2588,18 +2616,26 @@ def test_the_other_ranks_wait_at_a_stop_until_the_checkpoint_is_written(with_arr
     assert events[-2:] == ["save_checkpoint", "gather"]
 
 
-def test_signals_end_the_start_of_a_run_without_a_traceback():
-    code = """if True:
-        import signal, train
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            try:
-                signal.raise_signal(getattr(signal, name))
-            except SystemExit as end:
-                print(end.code)
-        signal.raise_signal(signal.SIGTERM)
-    """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert ended.stdout.split() == ["130", "143", "129"]
+SIGNALLED = """
+import signal, train
+
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    try:
+        signal.raise_signal(getattr(signal, name))
+    except SystemExit as end:
+        print(end.code)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.fixture(scope="module")
+def signalled_starts(beside):
+    return beside.submit(run_python, ROOT, "-c", SIGNALLED)
+
+
+def test_signals_end_the_start_of_a_run_without_a_traceback(signalled_starts):
+    ended = signalled_starts.result()
+    assert ended.stdout.split() == ["130", "143", "129"], ended.stderr
     assert ended.returncode == 143 and not ended.stderr
 
 
@@ -3082,11 +3118,10 @@ def run_two_ranks(folder):
     make_npz(folder / "x.npz")
     make_npz(folder / "elsewhere" / "x.npz")
     (folder / "ranks.py").write_text(RANKS)
-    run = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -- ranks.py"
     flags = [*FULL, "--batch", "9", "--log-every", "5", "--save-every", "100"]
     with open(folder / "stderr", "w") as stderr:
         ranks = subprocess.Popen(
-            [*run.split(), ROOT, *flags], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, *TORCHRUN, "ranks.py", ROOT, *flags], cwd=folder, env=ENVIRONMENT,
             stdout=subprocess.DEVNULL, stderr=stderr,
         )  # fmt: skip
         log, begin = folder / "endless" / "log.csv", time.monotonic()
@@ -3101,12 +3136,9 @@ def run_two_ranks(folder):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_ranks(request, tmp_path_factory):
-    """What becomes the folder of two ranks, who run beside the first tests: they take 20 s."""
-    wanted = any("ranks" in item.fixturenames for item in request.session.items)
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run_two_ranks, tmp_path_factory.mktemp("ranks")) if wanted else None
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, beside):
+    return beside.submit(run_two_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture
@@ -5179,10 +5211,23 @@ def test_dtype_is_that_of_the_networks_products(here, monkeypatch):
         assert [call["dtype"] for call in seen] == [dtype] * 2
 
 
-def test_image_i_of_a_seed_is_the_same_in_any_batch_and_on_any_rank(here, monkeypatch, capsys):
-    checkpoint("ckpt.pt", **CLASSES, noise=0.3)
-    flags = ["--ckpt", "ckpt.pt", "--steps", 4, "--device", "cpu", "--dtype", "fp32", "--out"]
-    ranks = start("sample.py", *flags, "ranks.npz", "--n", 7, "--batch", 2, processes=2)
+@pytest.fixture(scope="module")
+def drawn_by_two_ranks(tmp_path_factory, beside):
+    folder = tmp_path_factory.mktemp("drawn")
+    checkpoint(folder / "ckpt.pt", **CLASSES, noise=0.3)
+    flags = "--ckpt ckpt.pt --n 7 --steps 4 --batch 2 --device cpu --dtype fp32 --out ranks.npz"
+    torchrun = [*TORCHRUN, os.path.join(ROOT, "sample.py"), *flags.split()]
+    return folder, beside.submit(run_python, folder, *torchrun)
+
+
+def test_image_i_of_a_seed_is_the_same_in_any_batch_and_on_any_rank(
+    drawn_by_two_ranks, monkeypatch, capsys
+):
+    folder, drawing = drawn_by_two_ranks
+    drawn = drawing.result()
+    assert drawn.returncode == 0 and drawn.stdout == "ranks.npz\n", drawn.stderr
+    monkeypatch.chdir(folder)
+    flags = ["--ckpt", "ckpt.pt", "--steps", 4, "--out"]
     sample(*flags, "all.npz", "--n", 7)
     sample(*flags, "parts.npz", "--n", 7, "--batch", 3)
     sample(*flags, "seed.npz", "--n", 7, "--seed", 1)
@@ -5192,8 +5237,6 @@ def test_image_i_of_a_seed_is_the_same_in_any_batch_and_on_any_rank(here, monkey
             sample(*flags, "images", "--n", 7, "--batch", 2)
         names = [f"{k:06}.png" for k in range(7)]
         assert sorted(os.listdir("images")) == (names[1::2] if rank else names)
-    out, errors = ranks.communicate()
-    assert ranks.returncode == 0 and out == "ranks.npz\n", errors
     files = {name: np.load(f"{name}.npz") for name in ("all", "parts", "seed", "ranks")}
     found = {name: file["arr_0"].astype(int) for name, file in files.items()}
     found["images"] = np.array([pixels_of(f"images/{name}") for name in names])
