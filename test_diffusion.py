@@ -662,13 +662,14 @@ def test_every_term_of_the_bound_is_measured_with_x0_hat_clipped():
 def gaussian_data(diffusion, spread=0.08):
     """Data N(mean, covariance) in 4 dimensions, (N, 1, 2, 2), and the best model of it: ε exact,
     v so that the variance of p is the true one of x_{t-1} given x_t, averaged over dimensions."""
-    root = randn(4, 4, seed=5) * spread
-    covariance, mean = root @ root.T + 0.01 * torch.eye(4), torch.tensor([0.3, -0.2, 0.1, 0.0])
+    root, eye = randn(4, 4, seed=5) * spread, torch.eye(4, dtype=torch.float64)
+    covariance = root @ root.T + 0.01 * eye
+    mean = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
 
     def parts(t):
         """E[x0 | x_t] = mean + gain (x_t - sqrt(ᾱ) mean), with this gain."""
         a = diffusion.alphas_bar[t]
-        return a, a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(4))
+        return a, a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * eye)
 
     def model(x, time, y):
         t = (diffusion.times - time[0]).abs().argmin()
@@ -677,12 +678,26 @@ def gaussian_data(diffusion, spread=0.08):
         eps = (x - a.sqrt() * x0.view_as(x)) / (1 - a).sqrt()
         return torch.cat([eps, -torch.ones_like(eps)], dim=1)
 
-    return mean.double(), covariance, parts, model
+    return mean, covariance, parts, model
+
+
+def give_noise(monkeypatch, noises):
+    """Have Diffusion take these noises in turn, for all images at once, rather than draw its own.
+    -> an iterator of those that it has not taken."""
+    left = iter(noises)
+
+    def randn_like(x):
+        noise = next(left)
+        assert noise.shape == x.shape and noise.dtype == x.dtype
+        return noise
+
+    monkeypatch.setattr(torch, "randn_like", randn_like)
+    return left
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [None, 50])
-def test_the_bound_on_gaussian_data_is_the_exact_sum_of_kls(schedule, steps):
+def test_the_bound_on_gaussian_data_is_the_exact_sum_of_kls(schedule, steps, monkeypatch):
     diffusion = Diffusion(schedule, 400, "learned", steps)
     mean, covariance, parts, model = gaussian_data(diffusion)
     exact = []
@@ -695,31 +710,30 @@ def test_the_bound_on_gaussian_data_is_the_exact_sum_of_kls(schedule, steps):
         c = before.sqrt() * beta / (1 - a)
         tilde = beta * (1 - before) / (1 - a)
         exact.append(c**2 * rest.trace() / (2 * tilde) / 4 / LN2)
-    exact = torch.stack(exact)
-    N = 1000 if steps is None else 4000
-    x0 = mean + randn(N, 4, seed=2) @ torch.linalg.cholesky(covariance).T
-    torch.manual_seed(0)
-    terms, _ = diffusion.bits_per_dim(model, x0.view(N, 1, 2, 2))
-    error = terms[:, 1:].std(0) / N**0.5
-    z = (terms[:, 1:].mean(0) - exact) / error
-    assert abs(z).max() < 5
-    total, total_error = terms[:, 1:].sum(1).mean(), terms[:, 1:].sum(1).std() / N**0.5
-    assert abs(total - exact.sum()) < 4 * total_error < 0.05 * exact.sum()
+    # The KL is a quadratic form in 8 independent standard normal numbers, of which 4 make x0 and 4
+    # are the noise: its mean is the sum of what it is where one of them is 1 and the others are 0.
+    one = torch.eye(8, dtype=torch.float64)
+    x0 = mean + one[:, :4] @ torch.linalg.cholesky(covariance).T
+    give_noise(monkeypatch, [one[:, 4:].view(8, 1, 2, 2)] * diffusion.num_steps)
+    terms, _ = diffusion.bits_per_dim(model, x0.view(8, 1, 2, 2))
+    np.testing.assert_allclose(terms[:, 1:].sum(0), exact, rtol=1e-9)
 
 
 def test_few_calls_estimate_the_bound_without_bias_and_two_estimates_tell_their_error():
+    # 16 images; the batch has each ten times, so that a call makes ten estimates of their mean.
     diffusion, N, calls, repeats = Diffusion("linear", 200), 16, 4, 200
-    x0, level = images(N), torch.linspace(0.5, 1.5, N, dtype=torch.float64).view(-1, 1, 1, 1)
+    level = torch.linspace(0.5, 1.5, N, dtype=torch.float64).view(-1, 1, 1, 1)
+    x0, level = images(N).repeat(10, 1, 1, 1), level.repeat(10, 1, 1, 1)
 
     def model(x, time, y):  # wrong in a way that depends on t and on the image
         return torch.cat([0.3 * x * level + (time / 1000).view(-1, 1, 1, 1), 0 * x], dim=1)
 
     torch.manual_seed(0)
-    measured = [diffusion.bits_per_dim(model, x0) for _ in range(10)]
-    exact = torch.stack([terms.sum(1) + prior for terms, prior in measured])
+    terms, prior = diffusion.bits_per_dim(model, x0)
+    exact = terms.sum(1) + prior
     p = diffusion.pilot(model, x0)
     assert p[0] == 0 and p.sum().item() == pytest.approx(1) and p[1:].min() > 0
-    seen, totals = torch.zeros(200), torch.empty(repeats, 2, N, dtype=torch.float64)
+    seen, totals = torch.zeros(200), torch.empty(repeats // 10, 2, 10 * N, dtype=torch.float64)
     for both in totals:
         for total in both:
             total[:], terms, prior = diffusion.estimate_bits_per_dim(model, x0, p, calls)
@@ -733,6 +747,7 @@ def test_few_calls_estimate_the_bound_without_bias_and_two_estimates_tell_their_
     # The draws follow p: 400 × 16 × 4 of them.
     expected = 2 * repeats * N * calls * p[1:]
     assert (abs(seen[1:] - expected) < 5 * expected.sqrt() + 5).all()
+    totals = totals.unflatten(2, (10, N)).transpose(1, 2).flatten(0, 1)  # (repeats, 2, N)
     means = totals.mean((1, 2))
     assert abs(means.mean() - exact.mean()) < 4 * means.std() / repeats**0.5 + 0.001 * exact.mean()
     errors = ((totals[:, 0] - totals[:, 1]) / 2).norm(dim=1) / N
@@ -849,7 +864,9 @@ def exact_samples(diffusion, mean, covariance, parts, method, eta, order):
     [(None, "ancestral", 0, 1), (50, "ancestral", 0, 1), (400, "ddim", 0, 1), (50, "ddim", 1, 1),
      (50, "ddim", 0.5, 1), (20, "ancestral", 0, 2), (20, "ddim", 1, 2), (20, "ddim", 0, 2)],
 )  # fmt: skip
-def test_samples_of_gaussian_data_have_its_mean_and_covariance(schedule, steps, method, eta, order):
+def test_samples_of_gaussian_data_have_its_mean_and_covariance(
+    schedule, steps, method, eta, order, monkeypatch
+):
     # Order 2 begins where λ is no longer huge, as the scripts do.
     begin = 1e-3 if order == 2 else 0.0
     diffusion = Diffusion(schedule, 400, "small", steps, min_alpha_bar=begin)
@@ -859,15 +876,19 @@ def test_samples_of_gaussian_data_have_its_mean_and_covariance(schedule, steps, 
     if diffusion.num_steps == 400:  # then they are nearly the data's
         assert (abs(exact_mean - mean) < 0.015 * scale).all()
         assert (abs(exact - covariance) < 0.12 * scale.outer(scale)).all()
-    N = 10_000
-    torch.manual_seed(0)
-    *_, (_, x, _) = diffusion.trajectory(
-        model, randn(N, 1, 2, 2), None, method, eta, order, clip=False
-    )
-    x = x.flatten(1)
-    scale = exact.diagonal().sqrt()
-    assert (abs(x.mean(0) - exact_mean) < 4.5 * scale / N**0.5).all()
-    assert (abs(x.T.cov() - exact) < 4.5 * (2 / N) ** 0.5 * scale.outer(scale)).all()
+    # A sample is linear in the numbers of its noise, x_T's and then each step's. The first sample
+    # here has none: it is the mean. Each other has a 1 in one place: it differs from the mean by a
+    # column of a root of the covariance.
+    noisy = method == "ancestral" or eta > 0
+    n = 4 * (diffusion.num_steps if noisy else 1)  # the last step adds no noise
+    one = torch.eye(n, dtype=torch.float64)
+    noises = torch.cat([0 * one[:1], one]).view(n + 1, -1, 1, 2, 2).transpose(0, 1).contiguous()
+    left = give_noise(monkeypatch, noises[1:])
+    *_, (_, x, _) = diffusion.trajectory(model, noises[0], None, method, eta, order, clip=False)
+    assert not list(left)
+    root = (x[1:] - x[0]).flatten(1)
+    np.testing.assert_allclose(x[0].flatten(), exact_mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(root.T @ root, exact, rtol=1e-9, atol=1e-12)
 
 
 def even_in_lambda(T, calls):
