@@ -529,7 +529,7 @@ def load_npz(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or holds more than plain arrays") from error
+        raise ValueError(f"{path} is damaged, or its images or labels are objects") from error
     if images is None:
         raise ValueError(f"{path} has no arr_0 or images, but {found}")
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)

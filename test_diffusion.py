@@ -291,7 +291,7 @@ def test_any_betas_make_a_process():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(schedule="sigmoid"), "must be in .*'linear'"), (dict(T=1), "T=1 at least 2"),
+        (dict(schedule="none such"), "must be in .*'linear'"), (dict(T=1), "T=1 at least 2"),
         (dict(variance="fixed"), "variance must be"), (dict(steps=0), "steps must be 1 … 4000"),
         (dict(steps=4001), "steps must be 1 … 4000"), (dict(steps=[]), "a list of 0 … 3999"),
         (dict(steps=[-1, 5]), "a list of 0 … 3999"), (dict(spacing=0.9), "spacing must be"),
@@ -625,7 +625,7 @@ def test_wrong_arguments_of_the_process_are_refused():
     for message, wrong in (
         ("objective must be", lambda: diffusion.losses(None, x0, torch.tensor([0]), objective="l")),
         ("every term", lambda: Diffusion(T=2).pilot(None, x0)),
-        ("method='euler'", lambda: next(diffusion.trajectory(None, x0, method="euler"))),
+        ("method='none'", lambda: next(diffusion.trajectory(None, x0, method="none"))),
         ("eta=2.0", lambda: next(diffusion.trajectory(None, x0, eta=2.0))),
         ("eta=-0.1", lambda: next(diffusion.trajectory(None, x0, eta=-0.1))),
         ("order=3", lambda: next(diffusion.trajectory(None, x0, order=3))),
@@ -1430,7 +1430,7 @@ def test_a_norm_leaves_the_mean_colour_in_its_groups():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [(dict(image_size=30), "image-size 30"), (dict(attention_resolutions=(5,)), "resolution 5"),
+    [(dict(image_size=30), "image-size 30"), (dict(attention_resolutions=(5,)), "attention 5: .* 32,16,8,4"),
      (dict(num_heads=3), "num-heads 3"), (dict(channel_mult=()), "image-size 32"),
      (dict(low_res=5), "low-res 5"), (dict(low_res=32), "low-res 32"),
      (dict(low_res=64), "low-res 64"), (dict(channels=10), "10 channels")],
@@ -1667,10 +1667,14 @@ def test_a_checkpoint_gives_the_averaged_weights_ready_to_sample(tmp_path):
         assert process == dict(schedule="linear", T=30, variance="learned")
     held = dict(schedule="linear", T=30, time_scale=None, num_heads=2)
     assert load_checkpoint(tmp_path, **held)[1] == process
-    for other in (dict(schedule="cosine"), dict(T=31), dict(time_scale=0.5), dict(num_heads=1)):
-        (name,) = other
-        with pytest.raises(ValueError, match=f"{name}.*{other[name]}.*ckpt|has {held[name]}".replace("_", ".")):
-            load_checkpoint(tmp_path / "ckpt.pt", **other)
+    for name, other, says in (
+        ("schedule", "cosine", "--schedule cosine: .*ckpt.pt has linear"),
+        ("T", 31, "--T 31: .*ckpt.pt has 30"),
+        ("time_scale", 0.5, "--time-scale 0.5: .*ckpt.pt has none"),
+        ("num_heads", 1, "--num-heads 1: .*ckpt.pt has 2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_checkpoint(tmp_path / "ckpt.pt", **{name: other})
     assert read_checkpoint(tmp_path)["format"] == 1
 
 
@@ -2557,6 +2561,26 @@ def test_seconds_go_on_from_the_checkpoint(with_arrays):
     assert script("train.py", "--steps", 2, "--log-every", 2, "--out", "run") == 0
     assert 1000 < read_checkpoint("run/ckpt.pt")["seconds"] < 1060
     assert 1000 <= float(open("run/log.csv").readlines()[-1].split(",")[6]) < 1060
+
+
+def test_rows_that_are_not_the_logs_own_do_not_stop_a_run(with_arrays):
+    flags = [*SMALL, "--log-every", 1, "--out", "run"]
+    assert script("train.py", *flags, "--steps", 2) == 0
+    head, one, two = open("run/log.csv").readlines()
+    two = two.replace("2,", "2.0,", 1)  # as a spreadsheet may write it
+    with open("run/log.csv", "w") as file:
+        file.writelines([head, one, "a,b,c,d,e,f,g\n", "1,2\n", two, "9,1,1,1,1,1,1\n", "3,1,1"])
+    assert script("train.py", *flags, "--steps", 3) == 0
+    lines = open("run/log.csv").readlines()
+    assert lines[:3] == [head, one, two] and lines[3].startswith("3,") and len(lines) == 4
+
+
+def test_a_signal_in_the_last_update_ends_a_complete_run(with_arrays, capsys):
+    with at_step(2, lambda: signal.raise_signal(signal.SIGTERM)):
+        flags = [*SMALL, "--sample-every", 100, "--steps", 3, "--out", "run"]
+        assert train_here(*flags) == 0
+    assert os.listdir("run/samples") == ["0000003.png"]
+    assert capsys.readouterr().out == "run/ckpt.pt\n"
 
 
 KILLER = """
@@ -3823,7 +3847,7 @@ def test_the_size_of_arrays_is_taken_unless_another_is_given(place, capsys):
     assert train.configure([*flags, "--data", "x.npz"])[0].image_size == 16
     assert train_here(*TINY, "--data", "x.npz") == 2
     (line,) = errors(capsys)
-    assert "--image-size 8" in line and "16" in line
+    assert "--data x.npz has 16 pixels a side, and --image-size is 8" in line
     np.savez("y.npz", arr_0=X)
     assert train_here(*TINY, "--data", "y.npz", "--class-cond") in (1, 2)
     (line,) = errors(capsys)
@@ -4070,7 +4094,7 @@ def test_images_without_a_class_are_refused_by_name(place, capsys):
 
 WRONG = """
     --image-size=7 --image-size=4097 --image-size=x --label-dropout=-0.1 --label-dropout=1.1
-    --label-dropout=nan --low-res=0 --low-res=x --objective=mse --objective= --schedule=sigmoid
+    --label-dropout=nan --low-res=0 --low-res=x --objective=mse --objective= --schedule=none
     --T=1 --T=100001 --T=x --T=1e3 --T=nan --variance=fixed --t-sampler=best --channels=0
     --channels=4097 --channels=x --channel-mult=0 --channel-mult=1,,2 --channel-mult=1,-2
     --channel-mult=x --channel-mult=1.5 --channel-mult=12345 --num-res-blocks=0
@@ -4204,6 +4228,23 @@ def test_a_run_uses_the_preset_then_the_run_then_what_was_typed(run):
     assert config.image_size == 8 and state["step"] == 1
     config, state, _ = train.configure(["--data", "p", "--out", "other", "--lr", "0.5"])
     assert config.lr == 0.5 and config.batch == 128 and state == {}
+
+
+@pytest.mark.parametrize("flags, attention", [
+    ("--data cifar10", (16, 8)), ("--data cifar10 --channel-mult 1,2", (16,)),
+    ("--data p/ --image-size 48", (12,)), ("--data p/ --image-size 96", (12,)),
+    ("--data p/ --image-size 64", (16, 8)), ("--data p/ --image-size 256", (16, 8)),
+    ("--data p/ --image-size 40 --channel-mult 1,2", ()), ("--data p/ --image-size 8", (8,)),
+    ("--data digits", (8,)), ("--data digits --image-size 64", (16,)),
+    ("--data digits --image-size 32 --channel-mult 1,2,2", (8,)),
+    ("--data digits --attention none", ()),
+])  # fmt: skip
+def test_a_preset_attends_at_resolutions_that_the_network_has(flags, attention, here):
+    config, *_ = train.configure(flags.split())
+    assert config.attention_resolutions == attention
+    shape = {name: getattr(config, name) for name in train.SHAPE}
+    with torch.device("meta"):
+        UNet(UNetConfig(**shape))
 
 
 def test_init_takes_shape_and_process_from_the_file(run, capsys):
@@ -5172,6 +5213,19 @@ def test_each_flag_of_the_sampler_reaches_it_and_changes_the_image(here, monkeyp
         assert abs(a[0] - b[0]).max() > 1, (one, other)
 
 
+def test_the_process_of_a_plain_state_dict_is_what_the_flags_say(here, monkeypatch):
+    torch.save(golden_weights(), "plain.pt")
+    walks = record_walks(monkeypatch, draw=False)
+    flags = "--ckpt plain.pt --n 1 --schedule linear --T 60 --order 1 --steps 6".split()
+    sample(*flags)
+    sample(*flags, "--time-scale", 0.5, "--num-heads", 2)
+    for walk, last, heads in zip(walks, (59 * 1000 / 60, 59 * 0.5), (4, 2)):
+        alphas_bar, process = products(linear_betas(60)), walk["self"]
+        assert process.T == 60 and process.times[-1] == pytest.approx(last)
+        assert process.alphas_bar[-1].item() == pytest.approx(alphas_bar[-1])
+        assert walk["model"].config.num_heads == heads
+
+
 def test_few_steps_begin_where_the_mean_of_the_pixels_is_mostly_noise():
     assert few_steps(4000, 32) == dict(steps=25, min_alpha_bar=1 / 512)
     assert few_steps(7, 16)["steps"] == 7
@@ -5325,13 +5379,16 @@ def test_a_folder_of_other_settings_is_refused(other, here, capsys):
     before = ages()
     more = {
         "seed": 1, "steps": 3, "method": "ancestral --eta 0", "order": 1, "eta": 0.25,
-        "guidance": 2, "spacing": 2, "variance": "large", "schedule": "linear", "T": 19,
-        "time_scale": 1, "weights": "", "label": "",
+        "guidance": 2, "spacing": 2, "variance": "large", "label": "",
     }  # fmt: skip
-    flags += f"--{other.replace('_', '-')} {more[other]}".split()
+    stored = dict(schedule="linear", T=19, time_scale=1.0)
     if other == "weights":
-        flags = flags[:-1]
         checkpoint("ckpt.pt", **CLASSES, label_dropout=0.1, seed=1)
+    elif other in stored:
+        state = read_checkpoint("ckpt.pt")
+        save_checkpoint("ckpt.pt", state | {"diffusion": state["diffusion"] | {other: stored[other]}})
+    else:
+        flags += f"--{other} {more[other]}".split()
     if other == "label":
         flags[-1:] = ["--class", "dog"]
     capsys.readouterr()
@@ -5571,7 +5628,7 @@ BAD_SAMPLE = """
     --out=x.jpg|--out.x.jpg --out=|--out --out=folder.png|folder.png --out=file|file
     --out=file/x.png|file --out=file/x|file --out=x.npz|--out.x.npz
     --steps=0|--steps --steps=x|--steps --steps=21|--steps.21 --spacing=0.5|--spacing --spacing=11|--spacing
-    --method=euler|--method --order=3|--order --order=x|--order --eta=1|--eta.*--method
+    --method=none|--method --order=3|--order --order=x|--order --eta=1|--eta.*--method
     --method=ddim,--eta=2|--eta --method=ddim,--eta=nan|--eta --variance=fixed|--variance
     --variance=small|--variance.*--order.1 --method=ddim,--order=1,--variance=large|--variance
     --batch=0|--batch --batch=x|--batch --device=gpu|--device --dtype=fp8|--dtype

@@ -405,7 +405,8 @@ def load_data(config, network=None, held_out=False):
     else:
         raise ValueError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
     if images.shape[2:] != (size, size):
-        raise ValueError(f"--data {config.data} has {images.shape[-1]} pixels a side, not {size}")
+        found = f"--data {config.data} has {images.shape[-1]} pixels a side"
+        raise ValueError(f"{found}, and --image-size is {size}")
     found, classes = f"{len(images):,} images", None
     if config.class_cond:
         if names is None:
