@@ -12,11 +12,9 @@ The same command again resumes the run from its last checkpoint, on any number o
 
 import contextlib
 import copy
-import glob
 import hashlib
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -484,19 +482,14 @@ def load_cifar10(held_out):
 def load_folder(root, size, config):
     """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes. They are
     decoded once, into data/cache, and again if a file was added, removed or changed."""
-    private = f"improved-ddpm-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    for caches in ("data/cache", os.path.join(tempfile.gettempdir(), private)):
-        with contextlib.suppress(OSError):
-            os.makedirs(caches, exist_ok=True)
-            if os.access(caches, os.W_OK):
-                break  # the first where we can write
-    ours = [caches, "data/cache", config.out, os.path.join(config.out, "samples")]
+    os.makedirs("data/cache", exist_ok=True)
+    ours = ["data/cache", config.out, os.path.join(config.out, "samples")]
     listing, folders, left_out, others = list_images(root, leave_out=ours)
     paths = [path for path, *_ in listing]
     if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
         raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
     key = hashlib.sha256(repr((os.path.realpath(root), size, listing)).encode()).hexdigest()[:16]
-    cache = os.path.join(caches, f"{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}")
+    cache = f"data/cache/{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}"
     with one_rank_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
         good, broken = decode(root, size, paths, cache)
@@ -511,33 +504,25 @@ def load_folder(root, size, config):
         notes += f"; no images in {some([printable(name) for name in empty])}"
     if not good:
         raise ValueError(f"--data {root}: no readable image there{notes}")
-    images = np.memmap(f"{cache}/images.u8", np.uint8, "r", shape=(len(good), 3, size, size))
+    images = np.memmap(f"{cache}.u8", np.uint8, "r", shape=(len(good), 3, size, size))
     return images, names, notes
 
 
 def decode(root, size, paths, cache):
-    """Decode images into the folder `cache` -> the paths that were read, {path: reason} of others.
+    """Decode images into the file cache.u8 -> the paths that were read, {path: reason} of others.
 
-    If `cache` holds them, only those that could not be read are tried again. A new folder is named
-    `cache` once it is complete: if two runs decode at once, both use the folder of the first one.
+    cache.npy lists the paths. If both are there, only what could not be read is tried again.
     """
     read = partial(read_image, root, size)
     with contextlib.suppress(OSError, ValueError, EOFError):
-        good = np.load(f"{cache}/paths.npy").tolist()
+        good = np.load(f"{cache}.npy").tolist()
         broken = {path: read(path) for path in sorted(set(paths) - set(good))}
-        complete = good and os.path.getsize(f"{cache}/images.u8") == len(good) * 3 * size * size
+        complete = good and os.path.getsize(f"{cache}.u8") == len(good) * 3 * size * size
         if complete and all(isinstance(reason, str) for reason in broken.values()):
             return good, broken
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(cache)
-    for left in glob.glob(os.path.join(os.path.dirname(cache), "*.tmp")):
-        if os.path.getmtime(left) < time.time() - 86_400:  # a run that was killed a day ago
-            shutil.rmtree(left, ignore_errors=True)
     good, broken = [], {}
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(cache), suffix=".tmp") as work:
-        folder = os.path.join(work, "images")
-        os.mkdir(folder)
-        with open(f"{folder}/images.u8", "wb") as file, ThreadPool() as pool:
+    with tempfile.TemporaryDirectory(dir="data/cache", suffix=".tmp") as work:
+        with open(f"{work}/images", "wb") as file, ThreadPool() as pool:
             bar = tqdm(pool.imap(read, paths), f"reading {root}", len(paths), disable=not TTY)
             for path, image in zip(paths, bar):
                 if isinstance(image, str):
@@ -547,10 +532,9 @@ def decode(root, size, paths, cache):
                     good.append(path)
             file.flush()
             os.fsync(file.fileno())
-        np.save(f"{folder}/paths.npy", good)
-        if os.path.exists(f"{cache}/paths.npy"):  # another run was faster
-            return decode(root, size, paths, cache)
-        os.rename(folder, cache)
+        np.save(f"{work}/paths.npy", good)
+        os.replace(f"{work}/images", f"{cache}.u8")
+        os.replace(f"{work}/paths.npy", f"{cache}.npy")
     return good, broken
 
 
@@ -781,7 +765,7 @@ def check(config, given):
         needs = f"--variance {config.variance} needs --objective simple or vlb"
         raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
     if config.batch < WORLD * config.accum and not config.eval_only:
-        raise ValueError(f"--batch {config.batch} is less than --accum {config.accum} × {WORLD} ranks")
+        raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
     if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
         say("--objective simple trains no variance: take --variance large or small")
     if given.get("label_dropout") and not config.class_cond:
@@ -808,8 +792,6 @@ def main():
     with open(os.path.join(config.out, ".lock"), "w") as file:
         if RANK == 0:
             lock(file, config.out)
-            if os.path.exists(config.ckpt) and read_checkpoint(config.ckpt)["step"] != start:
-                raise ValueError(f"another run has just written {config.ckpt}: start again")
         train(config, state, device, dtype)
 
 
