@@ -67,19 +67,23 @@ wholes = dict(type=list_of_numbers, metavar="N,N")
 
 # Name, the paper's value on CIFAR-10 (of flip, Ho et al.'s), what argparse must know, meaning.
 FLAGS = {
-    "data": [
+    "where (may change when a run is resumed)": [
+        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder, X.npz; sets defaults"),
+        ("out", None, dict(metavar="DIR"), "the run's directory (default: runs/ and the name of the data)"),
+        ("device", "auto", DEVICES, "where to compute"),
+        ("dtype", "auto", DTYPES, "precision of matrix products"),
+    ],
+    "images": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
         ("class_cond", False, SWITCH, "learn the classes, a folder's subfolders"),
-        ("label_dropout", 0.0, share, "share of images shown without a class, for --guidance"),
-        ("flip", True, SWITCH, "mirror images at random"),
         ("low_res", None, within(1, 2048), "train an upsampler, of images N pixels a side to --image-size"),
+        ("batch", 128, whole, "images in an update, of all ranks together"),
+        ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
     ],
     "process": [
-        ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
         ("schedule", "cosine", dict(choices=SCHEDULES), "the noise schedule"),
         ("T", 4000, within(2, 10**5), "the number of timesteps"),
         ("variance", "learned", dict(choices=("learned", "small", "large")), "the variance of a step, p(x_{t-1} | x_t)"),
-        ("t_sampler", "uniform", dict(choices=T_SAMPLERS), "which t to train on"),
     ],
     "network": [
         ("channels", 128, within(1, 4096), "width at the full resolution"),
@@ -87,24 +91,22 @@ FLAGS = {
         ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
         ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
-        ("dropout", 0.3, within(0, 0.99, float), "the probability of dropout"),
     ],
     "training": [
-        ("batch", 128, whole, "images in an update, of all ranks together"),
+        ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
+        ("t_sampler", "uniform", dict(choices=T_SAMPLERS), "which t to train on"),
         ("lr", 1e-4, share, "AdamW's learning rate"),
         ("warmup", 0, within(0, 10**9), "updates until the learning rate is reached"),
         ("ema", 0.9999, share, "decay of the averaged weights"),
         ("grad_clip", 0.0, within(0, 1e9, float), "scale larger gradients down to this norm; 0 for never"),
-        ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
+        ("dropout", 0.3, within(0, 0.99, float), "the probability of dropout"),
+        ("label_dropout", 0.0, share, "share of images shown without a class, for --guidance"),
+        ("flip", True, SWITCH, "mirror images at random"),
         ("init", None, dict(metavar="FILE"), "weights to start a new run from"),
     ],
-    "the run (these may change when it is resumed)": [
-        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder, X.npz; sets defaults"),
-        ("out", None, dict(metavar="DIR"), "the run's directory (default: runs/ and the name of the data)"),
+    "pace (may change when a run is resumed)": [
         ("steps", 500_000, whole, "updates in all"),
         ("accum", 1, whole, "parts of the batch to compute in turn, to save memory"),
-        ("device", "auto", DEVICES, "where to compute"),
-        ("dtype", "auto", DTYPES, "precision of matrix products"),
         ("compile", False, SWITCH, "compile the network with torch.compile"),
         ("log_every", 100, whole, "updates between rows of log.csv"),
         ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0 for none"),
@@ -120,7 +122,7 @@ FLAGS = {
     ],
 }  # fmt: skip
 GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
-SHAPE = (GROUPS["network"] - {"dropout"}) | {"image_size", "low_res"}  # fixed by the weights
+SHAPE = GROUPS["network"] | {"image_size", "low_res"}  # fixed by the weights
 PROCESS = ("schedule", "T", "variance", "time_scale")  # time_scale: other than None in OpenAI's
 
 # What differs for other data than CIFAR-10.
@@ -664,12 +666,10 @@ def evaluate(config, model, device, dtype):
 # ---- From the command line to the run ----------------------------------------------------------
 
 MEASURE = GROUPS["bits per dimension"]
-MAY_CHANGE = MEASURE | GROUPS["the run (these may change when it is resumed)"]
+PACE = GROUPS["pace (may change when a run is resumed)"]
+MAY_CHANGE = MEASURE | PACE | GROUPS["where (may change when a run is resumed)"]
+NOT_MEASURED = PACE | GROUPS["training"]  # what --eval-only has no use for
 OLDER = dict(label_dropout=0.0, low_res=None)  # of runs that are older than these flags
-NOT_MEASURED = (GROUPS["training"] - {"batch", "seed"}) | {
-    "label_dropout", "flip", "objective", "t_sampler", "dropout", "steps", "accum", "compile",
-    "log_every", "sample_every", "save_every",
-}  # fmt: skip
 # channel_mult of a folder's image size; 64 is the paper's ImageNet-64 network.
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4),
          256: (1, 1, 2, 2, 4, 4)}  # fmt: skip
