@@ -638,18 +638,18 @@ def evaluate(config, model, device, dtype):
         bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
         bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}")
-    total, half, prior = gather(torch.cat(bounds).double()).unbind(1)
+    bound, half, prior = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
 
-    # The bound and its errors, its parts, and a file of its terms.
+    # The mean bound and its standard errors, its parts, and a file of its terms.
     errors = "every term computed" if exact else f"± {half.norm() / n:.4f} (timesteps and noise)"
     if n > 1:
-        errors += f", ± {total.std() / n**0.5:.4f} (with the choice of images)"
+        errors += f", ± {bound.std() / n**0.5:.4f} (with the choice of images)"
     else:
         errors += ", one image tells no error of the choice of images"
-    report(f"bits/dim {total.mean():.4f} on {n} images, {errors}")
+    report(f"bits/dim {bound.mean():.4f} on {n} images, {errors}")
     L_t = sums / draws
-    kls = (total - prior).mean() - L_t[0]
+    kls = (bound - prior).mean() - L_t[0]
     report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
     t = draws.nonzero().flatten()
     table, head = torch.stack([t, L_t[t], draws[t]], 1).numpy(), "t,bits_per_dim,draws"
