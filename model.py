@@ -356,7 +356,7 @@ def first_line(error):
 
 def say(message):
     """Print a line to the user, from one rank. That nobody can read it ends no run."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # the latter in a signal's handler
         if RANK == 0:
             tqdm.write(message, file=sys.stderr)
 

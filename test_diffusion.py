@@ -2713,11 +2713,15 @@ def test_a_second_signal_stops_at_once_and_an_ignored_one_stays_ignored(monkeypa
         assert ended.value.code == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
-def test_a_terminal_that_is_gone_ends_no_run(number, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), BrokenPipeError(errno.EPIPE, "Broken pipe"),
+     RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")],
+)  # fmt: skip
+def test_a_terminal_that_is_gone_ends_no_run(error, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
-            raise OSError(number, os.strerror(number))
+            raise error
 
     with command("train.py"):
         stop = train.catch_signals()
