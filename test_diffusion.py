@@ -279,6 +279,12 @@ def test_min_alpha_bar_begins_at_the_last_timestep_with_so_much_signal():
     assert Diffusion(halves, steps=1, min_alpha_bar=0.2, time_scale=1).times.tolist() == [1]
 
 
+def test_steps_may_be_a_number_of_numpys():
+    assert Diffusion("linear", 100, steps=np.int64(5)).num_steps == 5
+    with pytest.raises(ValueError, match="steps must be 1 … 100"):
+        Diffusion("linear", 100, steps=np.int64(101))
+
+
 def test_any_betas_make_a_process():
     sigmoid = torch.linspace(-6, 6, 50).sigmoid() * 0.02
     diffusion = Diffusion(sigmoid)
@@ -819,6 +825,17 @@ def test_the_pilot_measures_the_root_mean_square_of_each_term():
         assert p[0] == 0 and p.dtype == torch.float64
 
 
+def test_the_pilot_measures_both_ends():
+    seen = set()
+
+    def model(x, time, y):
+        seen.add(round(time[0].item()))
+        return toy(x, time)
+
+    Diffusion("linear", 1000).pilot(model, images(2))
+    assert {1, 999} <= seen and len(seen) == 32 and 0 not in seen
+
+
 # ---- Samplers ----------------------------------------------------------------------------------
 
 
@@ -1068,6 +1085,11 @@ def test_generators_of_all_uses_differ():
     assert both.shape == (2, 3, 2)
     for k in range(2):
         assert torch.equal(both[k], torch.randn(3, 2, generator=generator(3, 7 + k)))
+
+
+def test_streams_stay_apart_in_the_longest_runs():
+    starts = sorted(generator(0, 0, stream=s).initial_seed() for s in ("noise", "dropout", "order"))
+    assert min(np.diff(starts)) >= 2**30
 
 
 def test_the_label_reaches_the_network():
@@ -1523,6 +1545,46 @@ def test_each_rank_tells_its_errors_once_the_ranks_have_met(monkeypatch, capsys)
         assert ended.value.code == 1 and capsys.readouterr().err.endswith(told)
 
 
+def test_each_machine_tells_an_error_before_the_ranks_meet(monkeypatch, capsys):
+    def main():
+        raise ValueError("no such folder\nand more of it")
+
+    monkeypatch.setattr(model_file, "RANK", 8)
+    monkeypatch.setattr(model_file, "LOCAL_RANK", 0)
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err.endswith("error: rank 8: no such folder\n")  # its first line
+
+
+def test_too_little_memory_is_one_line_and_a_fault_of_the_program_is_not(capsys):
+    def main():
+        raise RuntimeError(words)
+
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 1 and words in capsys.readouterr().err
+    words = "the shapes do not match"
+    with pytest.raises(RuntimeError, match=words):
+        run_script(main)
+
+
+def test_the_first_rank_of_a_machine_works_before_the_others(monkeypatch):
+    events = []
+    monkeypatch.setattr(model_file, "gather", lambda _: events.append("met"))
+    for rank, expected in ((0, ["worked", "met"]), (1, ["met", "worked"])):
+        monkeypatch.setattr(model_file, "LOCAL_RANK", rank)
+        events.clear()
+        with model_file.one_rank_first():
+            events.append("worked")
+        assert events == expected
+
+
+def test_long_lists_say_how_many_names_are_left():
+    assert model_file.some(list("abcdef"), 4) == "a, b, c, d, … (2 more)"
+    assert model_file.some(list("abcd"), 4) == "a, b, c, d"
+
+
 def test_one_rank_prints_the_results(monkeypatch, capsys):
     for rank in range(2):
         monkeypatch.setattr(model_file, "RANK", rank)
@@ -1676,6 +1738,12 @@ def test_a_checkpoint_gives_the_averaged_weights_ready_to_sample(tmp_path):
         with pytest.raises(ValueError, match=says):
             load_checkpoint(tmp_path / "ckpt.pt", **{name: other})
     assert read_checkpoint(tmp_path)["format"] == 1
+
+
+def test_a_time_scale_of_zero_is_compared_too(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(small_unet()))
+    with pytest.raises(ValueError, match="--time-scale 0.0: .* has none"):
+        load_checkpoint(tmp_path, time_scale=0.0)
 
 
 class Malicious:
@@ -1884,6 +1952,14 @@ def test_other_plain_state_dicts_need_their_process(tmp_path):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match="holds no UNet"):
             load_checkpoint(path, "linear", 500)
+
+
+def test_a_file_is_a_released_one_by_its_own_name_not_its_folders(tmp_path):
+    folder = tmp_path / "cifar10_uncond_tuned"
+    folder.mkdir()
+    torch.save(golden_weights(), folder / "mine.pt")
+    with pytest.raises(ValueError, match="give --schedule and --T"):
+        load_checkpoint(folder / "mine.pt")
 
 
 # ---- The tensors of improved-diffusion's released files ----------------------------------------
@@ -2575,6 +2651,15 @@ def test_rows_that_are_not_the_logs_own_do_not_stop_a_run(with_arrays):
     assert lines[:3] == [head, one, two] and lines[3].startswith("3,") and len(lines) == 4
 
 
+def test_rows_with_something_before_their_number_are_left_out(with_arrays):
+    flags = [*SMALL, "--log-every", 1, "--out", "run"]
+    assert script("train.py", *flags, "--steps", 1) == 0
+    with open("run/log.csv", "a") as file:
+        file.write("#1,1,1,1,1,1,1\n")
+    assert script("train.py", *flags, "--steps", 2) == 0
+    assert [row[0] for row in log_without_times("run")] == ["step", "1", "2"]
+
+
 def test_a_signal_in_the_last_update_ends_a_complete_run(with_arrays, capsys):
     with at_step(2, lambda: signal.raise_signal(signal.SIGTERM)):
         flags = [*SMALL, "--sample-every", 100, "--steps", 3, "--out", "run"]
@@ -2696,6 +2781,21 @@ def test_a_checkpoint_holds_the_means_of_all_ranks(tmp_path, monkeypatch):
     monkeypatch.undo()
     train.Log(config, state, torch.device("cpu")).write_row(8, 0.1, torch.tensor(0.5))
     assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("8,2,4.5,4,0.1,0,")
+
+
+def test_a_row_counts_the_skipped_updates_once_for_all_ranks(tmp_path, monkeypatch):
+    log = train.Log(Namespace(out=str(tmp_path), steps=9), {}, torch.device("cpu"))
+    monkeypatch.setattr(train, "gather", lambda values: torch.cat([values, values]))
+    for in_a_row in (99, 100):
+        log.sums = torch.tensor([6.0, 9, 3, 3, 2, in_a_row])
+        with pytest.raises(ValueError) if in_a_row == 100 else contextlib.nullcontext():
+            log.write_row(5, 0.1, torch.tensor(0.5))
+    for row in (tmp_path / "log.csv").read_text().splitlines()[1:]:
+        assert row.startswith("5,2,3.5,1,0.1,2,")
+
+
+def test_a_checkpoint_tells_for_guidance_how_often_labels_were_dropped(whole):
+    assert read_checkpoint(whole)["unet"]["label_dropout"] == 0.3
 
 
 def test_a_second_signal_stops_at_once_and_an_ignored_one_stays_ignored(monkeypatch):
@@ -3589,6 +3689,12 @@ def test_damaged_exif_and_long_notes_cost_no_picture(place, recwarn):
     assert not recwarn.list
 
 
+def test_a_large_jpeg_is_decoded_at_twice_the_size_at_least(place):
+    picture("x.jpg", size=(256, 256))
+    assert model_file.read_picture("x.jpg", 32).size == (64, 64)
+    assert model_file.read_picture("x.jpg").size == (256, 256)
+
+
 def test_files_that_cannot_be_read_are_refused_by_the_right_word(place):
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save("whole.png")
@@ -3649,6 +3755,13 @@ def test_links_are_followed_at_any_depth_and_loops_are_cut(place):
     assert colours == ["blue", "blue", "red", "red"] and classes == ["a", "a", "b", "b"]
     os.symlink("p", "again")
     assert load("again", classes=True)[1] == ["a", "a", "b", "b"]
+
+
+def test_a_link_out_of_the_folder_to_one_that_contains_it_is_not_entered(place):
+    picture("p/cat/1.png", "red")
+    picture("other/2.png", "blue")
+    os.symlink("../..", "p/cat/out")
+    assert load("p")[0] == ["red"]
 
 
 @pytest.mark.parametrize("out", ["runs/x", "sub/run", "."])
@@ -4087,6 +4200,16 @@ def test_a_checkpoint_without_names_keeps_the_plain_order(run, capsys, monkeypat
     assert pairs == {("blue", 0), ("red", 1), ("lime", 2)}
 
 
+def test_fewer_classes_than_a_network_without_names_are_refused():
+    with pytest.raises(ValueError, match="2 classes, the network knows 3"):
+        train.number_classes({"ant", "bee"}, UNetConfig(num_classes=3), "p/")
+
+
+def test_names_of_equal_numbers_have_one_order():
+    names = [f"a{'0' * k}9" for k in range(9, -1, -1)]
+    assert train.number_classes(set(names), None, "p/") == tuple(names)
+
+
 def test_images_without_a_class_are_refused_by_name(place, capsys):
     picture("p/cat/1.png")
     picture("p/loose.png")
@@ -4252,6 +4375,47 @@ def test_a_preset_attends_at_resolutions_that_the_network_has(flags, attention, 
         UNet(UNetConfig(**shape))
 
 
+def test_each_size_of_a_folder_has_its_widths(here):
+    for size, mult in {16: (1, 2, 2), 48: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4)}.items():
+        config, *_ = train.configure(["--data", "p", "--image-size", str(size)])
+        assert config.channel_mult == mult, size
+
+
+def test_the_paces_and_the_measurements_defaults_are_those_of_help(here):
+    config, *_ = train.configure(["--data", "cifar10"])
+    pace = (config.log_every, config.sample_every, config.save_every, config.accum)
+    assert pace == (100, 10_000, 1_000, 1)
+    assert (config.eval_images, config.eval_calls, config.spacing) == (10_000, 10, 1.0)
+
+
+def test_the_last_allowed_values_are_allowed(run, capsys):
+    assert train_here(*EVAL, "p", "--eval-steps", 4) == 0  # of T = 4
+    assert train_here(*TINY, "--data", "p", "--accum", 4, "--out", "new") == 0  # a batch of 4
+
+
+def test_heads_of_a_plain_state_dict_are_what_the_flag_says(here):
+    torch.save(golden_weights(), "plain.pt")
+    flags = "--data p --schedule linear --T 20 --num-heads 2".split()
+    for how in (["--eval-only", "--ckpt", "plain.pt"], ["--init", "plain.pt"]):
+        config, _, model = train.configure([*how, *flags])
+        assert config.num_heads == model.config.num_heads == 2
+
+
+def test_the_time_scale_of_a_checkpoint_is_kept(here):
+    checkpoint("ckpt.pt")
+    state = read_checkpoint("ckpt.pt")
+    save_checkpoint("ckpt.pt", state | {"diffusion": state["diffusion"] | {"time_scale": 1.0}})
+    for how in (["--eval-only", "--ckpt", "ckpt.pt"], ["--init", "ckpt.pt"]):
+        assert train.configure([*how, "--data", "p"])[0].time_scale == 1.0
+    assert train.configure(["--data", "p"])[0].time_scale is None
+
+
+def test_init_takes_dropout_from_its_flag(run):
+    flags = "--data p --init run --out new --dropout 0.5 --batch 2 --steps 1 --sample-every 0"
+    assert train_here(*flags.split(), "--device", "cpu") == 0
+    assert read_checkpoint("new/ckpt.pt")["unet"]["dropout"] == 0.5
+
+
 def test_init_takes_shape_and_process_from_the_file(run, capsys):
     flags = "--data p --init run --out new --batch 2 --lr 0 --ema 0 --steps 1 --device cpu".split()
     assert train_here(*flags, "--sample-every", 0) == 0
@@ -4312,6 +4476,22 @@ def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
     again = os.path.abspath("elsewhere/train")  # the same folder, written otherwise
     assert train_here(*TINY[:-6], "--data", again, "--steps", 3) == 0
     assert not [line for line in errors(capsys) if "had the data" in line]
+
+
+def test_a_folder_is_the_same_behind_a_link_and_no_data_set(place):
+    os.makedirs("p")
+    os.symlink("p", "link")
+    assert train.where("link/") == train.where("./p/") == os.path.realpath("p")
+    assert train.where("digits") != train.where("digits/")
+
+
+def test_the_first_line_says_what_counts(run, capsys):
+    assert train_here(*EVAL, "p") == 0
+    words = capsys.readouterr().err.split("\n")[0]
+    assert "eval_calls=5" in words and "ckpt=run" in words and " lr=" not in words
+    assert train_here(*RESUME, "p") == 0
+    words = capsys.readouterr().err.split("\n")[0]
+    assert " lr=" in words and "out=run" in words and "eval_calls" not in words
 
 
 def test_a_folder_named_like_a_data_set_does_not_resume_its_run(place, capsys):
@@ -4753,6 +4933,14 @@ def test_the_measured_network_sees_the_times_and_the_class_of_each_image(here, m
     assert {call["dtype"] for call in seen} == {torch.bfloat16}
 
 
+def test_training_takes_bf16_where_it_is_native(with_arrays, monkeypatch):
+    native = {"avx512_bf16": True, "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
+    seen = see_network(monkeypatch)
+    assert script("train.py", *SMALL, "--dtype", "auto", "--steps", 1, "--out", "run") == 0
+    assert {call["dtype"] for call in seen} == {torch.bfloat16}
+
+
 def test_a_measured_upsampler_is_given_its_images_made_small(here, monkeypatch, capsys):
     checkpoint("ckpt.pt", low_res=4)
     rng = np.random.default_rng(0)
@@ -4774,6 +4962,23 @@ def test_a_measured_upsampler_is_given_its_images_made_small(here, monkeypatch, 
                 large = pictures[nearest].transpose(0, 3, 1, 2) / 127.5 - 1
                 assert np.abs(call["x"].numpy() - large).mean() < 0.15
         assert found == set(range(6))
+
+
+def test_the_pilot_of_an_upsampler_is_given_each_images_own_small_one(here, monkeypatch):
+    checkpoint("ckpt.pt", low_res=4)
+    np.savez("x.npz", arr_0=arrays(64))
+    pairs = []
+
+    def pilot(self, model, x0, y, points):
+        blocks = x0.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))
+        pairs.append((model.keywords["low_res"], blocks))
+        return torch.ones(20, dtype=torch.float64)
+
+    monkeypatch.setattr(Diffusion, "pilot", pilot)
+    flags = "--eval-only --data x.npz --ckpt ckpt.pt --device cpu".split()
+    assert script("train.py", *flags) == 0
+    ((given, blocks),) = pairs
+    assert len(given) == 2 and (given - blocks).abs().max() < 1e-6
 
 
 def test_two_ranks_measure_together_what_one_does(here, monkeypatch, capsys):
@@ -4841,6 +5046,24 @@ def test_ten_calls_of_the_network_are_enough_for_each_image(ranks, here, monkeyp
     flags = "--eval-only --ckpt ckpt.pt --data x.npz --batch 64 --device cpu".split()
     assert script("train.py", *flags) == 0
     assert 8 * 64 / ranks < sum(shown) <= 9 * 64 / ranks
+
+
+def test_each_rank_measures_with_noise_of_its_own(here, monkeypatch):
+    checkpoint("ckpt.pt")
+    flat_images("x.npz", 8)
+    seeds = []
+
+    def draw_term(self, model, x0, t, y=None):
+        seeds.append(torch.initial_seed())
+        return torch.ones(len(x0))
+
+    monkeypatch.setattr(Diffusion, "draw_term", draw_term)
+    flags = "--eval-only --ckpt ckpt.pt --data x.npz --device cpu".split()
+    for rank in (0, 1):
+        with monkeypatch.context() as patch:
+            as_one_of(patch, rank, 2)
+            assert script("train.py", *flags) == 0
+    assert len(set(seeds)) == 2
 
 
 @pytest.mark.parametrize("calls", [20, 7])
@@ -4992,6 +5215,38 @@ def test_known_images_become_known_bytes(out, here, monkeypatch, capsys):
     else:
         found = cells(pixels_of(out), 7, 3, 8, 8)
     assert found.shape == expected.shape and (found == expected).all()
+
+
+def test_the_last_allowed_size_and_folders_with_a_dot_are_allowed(here, monkeypatch):
+    with command("sample.py"):
+        kind_of_output = runpy.run_path(os.path.join(ROOT, "sample.py"))["kind_of_output"]
+    assert kind_of_output(Namespace(out="x.gif", n=4096)) == ".gif"
+    with pytest.raises(ValueError, match="--n 4097 is too much"):
+        kind_of_output(Namespace(out="x.gif", n=4097))
+    os.mkdir("images.v2")
+    assert kind_of_output(Namespace(out="images.v2", n=5000)) == "folder"
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(OSError, match="--out x.png: cannot write there"):
+        kind_of_output(Namespace(out="x.png", n=1))
+
+
+def test_64_images_are_drawn_and_the_line_counts_the_steps_that_are_left(here, monkeypatch, capsys):
+    checkpoint("ckpt.pt", T=200)
+    walks = record_walks(monkeypatch, draw=False)
+    sample("--ckpt", "ckpt.pt", "--steps", 200)
+    (walk,) = walks
+    assert len(walk["noise"]) == 64 and walk["self"].num_steps < 200
+    assert f"ckpt.pt: 64 images in {walk['self'].num_steps} steps" in capsys.readouterr().err
+
+
+def test_the_result_is_told_once_all_ranks_have_drawn(here, monkeypatch, capsys):
+    checkpoint("ckpt.pt")
+    told = []
+    monkeypatch.setattr(
+        sampler_file, "gather", lambda values: told.append(capsys.readouterr().out) or values
+    )
+    sample("--ckpt", "ckpt.pt", "--n", 1, "--steps", 1, "--out", "images")
+    assert told == [""] and capsys.readouterr().out == "images\n"
 
 
 def test_arrays_without_classes_hold_no_labels(here):
@@ -5148,6 +5403,15 @@ def test_the_newest_run_is_drawn_from_else_the_checkpoint_in_assets(here, monkey
     assert path in capsys.readouterr().err
 
 
+def test_a_copy_inside_a_run_is_no_run(here, monkeypatch):
+    walks = record_walks(monkeypatch, draw=False)
+    checkpoint("runs/a/ckpt.pt", image_size=24)
+    checkpoint("runs/a/copy/ckpt.pt")
+    os.utime("runs/a/ckpt.pt", (10**9, 10**9))
+    sample("--n", 1)
+    assert walks[0]["noise"].shape == (1, 3, 24, 24)
+
+
 # ---- Samples: how they are drawn ---------------------------------------------------------------
 
 
@@ -5191,6 +5455,23 @@ def test_each_flag_of_the_sampler_reaches_it_and_changes_the_image(here, monkeyp
         assert walk["y"].tolist() == ([2, 2] if "--class" in words else [0, 1])
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         assert abs(a[0] - b[0]).max() > 1, (one, other)
+
+
+def test_a_learned_variance_is_drawn_with_where_there_is_one(here, capsys):
+    checkpoint("learned.pt")
+    checkpoint("large.pt", variance="large")
+    flags = "--n 1 --steps 2 --order 1 --variance learned --device cpu --ckpt".split()
+    assert script("sample.py", *flags, "learned.pt") == 0
+    assert script("sample.py", *flags, "large.pt") == 2
+    assert "--variance learned: the checkpoint predicts" in capsys.readouterr().err
+
+
+def test_a_network_without_v_is_drawn_with_the_variance_of_its_training(here, monkeypatch):
+    walks = record_walks(monkeypatch)
+    for variance in ("small", "large"):
+        checkpoint("ckpt.pt", variance=variance)
+        sample("--ckpt", "ckpt.pt", "--n", 1, "--steps", 2, "--order", 1)
+        assert walks[-1]["self"].variance == variance
 
 
 def test_the_process_of_a_plain_state_dict_is_what_the_flags_say(here, monkeypatch):
@@ -5418,6 +5699,14 @@ def test_a_picture_tells_how_it_was_drawn(here):
     assert info["label"] == "1" and info["class"] == "0"  # the name of class 1
 
 
+def test_a_picture_of_one_class_tells_its_name(here):
+    checkpoint("ckpt.pt", **CLASSES)
+    sample("--ckpt", "ckpt.pt", "--n", 2, "--steps", 1, "--class", "dog", "--out", "images")
+    for k in range(2):
+        info = Image.open(f"images/{k:06}.png").info
+        assert (info["label"], info["class"]) == ("2", "dog")
+
+
 # ---- Samples: an upsampler's -------------------------------------------------------------------
 
 
@@ -5520,6 +5809,28 @@ def test_a_folder_of_enlarged_images_is_that_of_its_small_images(here, capsys):
     np.savez("small.npz", arr_0=small_images(3)[::-1])
     assert script("sample.py", *flags, "--device", "cpu") == 2
     assert "was drawn with another low_res" in capsys.readouterr().err
+
+
+def test_each_enlarged_image_is_compared_with_its_own_small_one(here, capsys):
+    checkpoint("up.pt", low_res=4)
+    flags = ["--ckpt", "up.pt", "--low-res", "small.npz", "--steps", 1, "--out", "images"]
+    np.savez("small.npz", arr_0=small_images(3))
+    sample(*flags)
+    np.savez("small.npz", arr_0=small_images(3)[[0, 2, 1]])
+    assert script("sample.py", *flags, "--device", "cpu") == 2
+    assert "000001.png was drawn with another low_res" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_resumed_enlarges_the_small_images_that_are_left(here, monkeypatch):
+    checkpoint("up.pt", low_res=4)
+    draw_colours(monkeypatch)
+    small = small_images(3)
+    np.savez("small.npz", arr_0=small)
+    flags = ["--ckpt", "up.pt", "--low-res", "small.npz", "--steps", 3, "--out", "images"]
+    sample(*flags, "--batch", 1)
+    os.remove("images/000002.png")
+    sample(*flags, "--batch", 1)
+    assert abs(pixels_of("images/000002.png") - enlarged(small)[2]).max() <= 1
 
 
 def test_a_small_picture_of_16_bits_is_that_of_8_bits(here):
