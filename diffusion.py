@@ -357,8 +357,9 @@ def few_steps(T, image_size):
 
     They begin where alphas_bar is 2/(H·W): before, x0_hat is mostly error; after, the mean pixel of
     x_t would show the colour of x0, which pure noise, whose mean is 0 ± 1/sqrt(H·W), does not have.
+    The spacing is the best of those measured for 10 calls, at hardly any cost for 25.
     """
-    return dict(steps=min(FEW_STEPS, T), min_alpha_bar=2 / image_size**2)
+    return dict(steps=min(FEW_STEPS, T), min_alpha_bar=2 / image_size**2, spacing=1.15)
 
 
 # ---- Gaussians ---------------------------------------------------------------------------------

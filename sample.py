@@ -54,7 +54,7 @@ FLAGS = {
     ],
     "the sampler": [
         ("steps", None, whole, f"network calls for an image, at most (default: {FEW_STEPS})"),
-        ("spacing", 1.0, within(1, 10, float), "1 is even, 3 closer near t = 0"),
+        ("spacing", None, within(1, 10, float), "1 is even, 3 closer near t = 0 (default: 1.15; with --order 1, 1)"),
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2: more exact, at no further call"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
@@ -81,10 +81,10 @@ def main():
     check(args, model.config, process)
     small, labels = choose_inputs(args, model.config)
     few = few_steps(process["T"], model.config.image_size)
-    process["steps"], process["spacing"] = args.steps or few["steps"], args.spacing
-    process["variance"] = args.variance or process["variance"]
-    if args.order == 2:  # the paper's sampler begins at the last timestep
-        process["min_alpha_bar"] = few["min_alpha_bar"]
+    if args.order == 1:  # the paper's sampler begins at the last timestep, and its steps are even
+        few |= {"min_alpha_bar": 0.0, "spacing": 1.0}
+    typed = {name: vars(args)[name] for name in ("steps", "spacing", "variance")}
+    process |= few | {name: value for name, value in typed.items() if value is not None}
     diffusion, weights = Diffusion(**process), checksum(model)
     about = describe(args, process, weights, model.config.class_names, labels, small)
     kind = kind_of_output(args)

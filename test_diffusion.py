@@ -3095,7 +3095,8 @@ def drawn_by_hand(run, n, y, low_res=None):
     generators = [generator(state["config"]["seed"], i) for i in range(n)]
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generators])
     T, more = state["diffusion"]["T"], {} if low_res is None else {"low_res": low_res}
-    diffusion = Diffusion(**state["diffusion"], steps=min(25, T), min_alpha_bar=2 / 64)
+    few = dict(steps=min(25, T), min_alpha_bar=2 / 64, spacing=1.15)
+    diffusion = Diffusion(**state["diffusion"], **few)
 
     def net(x, t, y):
         return model(x, t, y, **more)
@@ -5493,7 +5494,7 @@ def test_the_process_of_a_plain_state_dict_is_what_the_flags_say(here, monkeypat
 
 
 def test_few_steps_begin_where_the_mean_of_the_pixels_is_mostly_noise():
-    assert few_steps(4000, 32) == dict(steps=25, min_alpha_bar=1 / 512)
+    assert few_steps(4000, 32) == dict(steps=25, min_alpha_bar=1 / 512, spacing=1.15)
     assert few_steps(7, 16)["steps"] == 7
     # The mean of S·S pixels of x_t is sqrt(alphas_bar)·m + noise of 1/S: for colours m of ±0.5 or
     # so, the signal may not stand out of the noise with which sampling begins.
@@ -5523,7 +5524,7 @@ def test_the_network_is_shown_the_timesteps_that_were_asked_for(flags, T, times,
         last = np.flatnonzero(cosine(T) >= 2 / 64).max()
         assert 800 < last < 950
         steps = 4 if "--steps" in flags else 25
-        times = [round(i * last / (steps - 1)) for i in range(steps)]
+        times = [round((i / (steps - 1)) ** 1.15 * last) for i in range(steps)]
     expected = [t * 1000 / T for t in reversed(times)]
     assert [call["t"].tolist() for call in seen] == [pytest.approx([time] * 2) for time in expected]
 
