@@ -18,7 +18,8 @@ from tqdm import tqdm
 LAMBDA = 0.001  # weight of L_vlb in L_hybrid (eq. 16)
 
 # The scripts' default, chosen by measurement (README, "Few steps").
-FEW_STEPS, FEW_STEPS_SAMPLER = 25, dict(method="ancestral", order=2)
+FEW_STEPS, FEW_STEPS_SPACING = 25, 1.15
+FEW_STEPS_SAMPLER = dict(method="ancestral", order=2)
 METHODS = ("ancestral", "ddim")
 
 
@@ -359,7 +360,8 @@ def few_steps(T, image_size):
     x_t would show the colour of x0, which pure noise, whose mean is 0 ± 1/sqrt(H·W), does not have.
     The spacing is the best of those measured for 10 calls, at hardly any cost for 25.
     """
-    return dict(steps=min(FEW_STEPS, T), min_alpha_bar=2 / image_size**2, spacing=1.15)
+    steps, spacing = min(FEW_STEPS, T), FEW_STEPS_SPACING
+    return dict(steps=steps, min_alpha_bar=2 / image_size**2, spacing=spacing)
 
 
 # ---- Gaussians ---------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from diffusion import (
-    FEW_STEPS, FEW_STEPS_SAMPLER, METHODS, SCHEDULES, Diffusion, few_steps, generator, guided,
-    randn,
+    FEW_STEPS, FEW_STEPS_SAMPLER, FEW_STEPS_SPACING, METHODS, SCHEDULES, Diffusion, few_steps,
+    generator, guided, randn,
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, RANK, TTY, WORLD, agree, autocast, checksum, draw_grid, load_checkpoint,
@@ -54,7 +54,7 @@ FLAGS = {
     ],
     "the sampler": [
         ("steps", None, whole, f"network calls for an image, at most (default: {FEW_STEPS})"),
-        ("spacing", None, within(1, 10, float), "1 is even, 3 closer near t = 0 (default: 1.15; with --order 1, 1)"),
+        ("spacing", None, within(1, 10, float), f"1 is even, 3 closer near t = 0 (default: {FEW_STEPS_SPACING}; with --order 1, 1)"),
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
         ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2: more exact, at no further call"),
         ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
@@ -76,8 +76,7 @@ def main():
     given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, sys.argv[1:], lambda _: {})
     args = Namespace(**preset | given)
     path = args.ckpt or newest_checkpoint()
-    plain = args.schedule, args.T, args.time_scale, args.num_heads
-    model, process = load_checkpoint(path, *plain)
+    model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
     check(args, model.config, process)
     small, labels = choose_inputs(args, model.config)
     few = few_steps(process["T"], model.config.image_size)
