@@ -4532,6 +4532,30 @@ def test_a_cache_that_cannot_be_replaced_ends_in_an_error(place, monkeypatch):
             load("p")
 
 
+def test_a_kill_between_the_two_files_of_a_cache_exchanges_no_labels(place, monkeypatch):
+    picture("p/red/a.png", "red")
+    picture("p/lime/b.png", "lime")
+    assert load("p", classes=True) == (["lime", "red"], ["lime", "red"])
+    (images,) = [f"data/cache/{name}" for name in os.listdir("data/cache") if "u8" in name]
+    os.truncate(images, 100)  # so that it is decoded anew, and one file cannot be read just then
+    read, replace = train.read_image, os.replace
+
+    def killed(*given):
+        replace(*given)
+        raise Killed
+
+    def one_fails(root, size, path):
+        return "broken" if "lime" in path else read(root, size, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_image", one_fails)
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            load("p")
+    assert not [name for name in os.listdir("data/cache") if name.endswith(".npy")]
+    assert load("p", classes=True) == (["lime", "red"], ["lime", "red"])
+
+
 class OneThread:
     """A stand-in for a pool of threads."""
 

@@ -535,6 +535,8 @@ def decode(root, size, paths, cache):
             file.flush()
             os.fsync(file.fileno())
         np.save(f"{work}/paths.npy", good)
+        with contextlib.suppress(FileNotFoundError):  # a kill leaves no list of other images
+            os.remove(f"{cache}.npy")
         os.replace(f"{work}/images", f"{cache}.u8")
         os.replace(f"{work}/paths.npy", f"{cache}.npy")
     return good, broken
