@@ -5,7 +5,7 @@ This file stands alone: copy it beside a network of your own. A `model` here is 
 variance="learned", v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
 
 Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
-Docstrings write q(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
+Docstrings write p(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
 (eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the prior (eq. 7), all in bits per dimension.
 """
 
@@ -66,8 +66,8 @@ class Diffusion:
     spacing        how an int of steps is laid, 1 … 10: see select_timesteps
     time_scale     the network is given t·time_scale. None: 1000/T, so that it need not know T
     min_alpha_bar  leave out the last timesteps, whose alphas_bar is smaller, unless steps is a
-                   list. The error of x0_hat is that of ε divided by sqrt(alphas_bar), which is 1e-5
-                   at the end of the cosine schedule of T = 4000
+                   list. In x0_hat, the error of ε is divided by sqrt(alphas_bar), which is only
+                   1e-5 at the end of the cosine schedule of T = 4000
 
     Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
     given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
@@ -159,7 +159,7 @@ class Diffusion:
     # -- p: from noise to data
 
     def predict(self, model, x_t, t, y=None):
-        """Call the model, which nothing else does -> ε and v (or None), each (N, C, H, W).
+        """Call the model (only this method does) -> ε and v (or None), each (N, C, H, W).
 
         Raises ValueError if the model returns another number of channels than it must.
         """
@@ -200,10 +200,10 @@ class Diffusion:
 
         "simple"  L_simple: the mean of (ε - ε̂)² over C·H·W (eq. 14 has the sum); v learns nothing
         "vlb"     T·L_t, an estimate of L_vlb (eq. 4) but for L_T, which has no gradient
-        "hybrid"  L_simple + λ·T·L_t (eq. 16), where λ = 0.001 presumes this mean, and bits. The
-                  mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
-        The predicted x0 is never clipped here: a clipped prediction has no gradient. Raises
-        ValueError for another objective, or for "hybrid" without a learned variance.
+        "hybrid"  L_simple + λ·T·L_t (eq. 16). λ = 0.001 is for this L_simple, and for L_t in bits.
+                  p's mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
+        x0_hat is never clipped here: a clipped estimate has no gradient.
+        Raises ValueError for another objective, or for "hybrid" without a learned variance.
         """
         if objective not in ("simple", "hybrid", "vlb"):
             raise ValueError(f"objective must be simple, hybrid or vlb, not {objective!r}")
@@ -215,7 +215,7 @@ class Diffusion:
         simple = (noise - eps).square().flatten(1).mean(1)
         eps = eps if objective == "vlb" else eps.detach()
         mean, log_variance, _ = self.reverse(eps, v, x_t, t, clip=False)
-        # L_vlb is a sum over steps, and t is one of them, drawn: hence the number of steps.
+        # L_vlb is a sum of num_steps terms; num_steps times a random one estimates it.
         vlb = self.num_steps * self.vlb_term(x0, x_t, t, mean, log_variance)
         loss = {"simple": simple, "vlb": vlb, "hybrid": simple + LAMBDA * vlb}[objective]
         return loss, vlb.detach()
@@ -310,7 +310,7 @@ class Diffusion:
             ahead = x0_hat
             if order == 2:  # the factor is 0 in the first step, which has no previous x0_hat
                 ahead = x0_hat + self.extrapolation[i] * (x0_hat - previous)
-                # A learned Σ is wider than β̃ by the error of x0_hat, of which less is left now.
+                # A learned Σ adds the error of x0_hat to β̃. Order 2 leaves less of it: β̃ is used.
                 mean, log_variance = self.posterior(ahead, x, t)
             if method == "ancestral":
                 std = torch.exp(0.5 * log_variance)
@@ -356,9 +356,9 @@ def guided(model, scale):
 def few_steps(T, image_size):
     """Diffusion's arguments for FEW_STEPS of images (N, C, image_size, image_size).
 
-    They begin where alphas_bar is 2/(H·W): before, x0_hat is mostly error; after, the mean pixel of
-    x_t would show the colour of x0, which pure noise, whose mean is 0 ± 1/sqrt(H·W), does not have.
-    The spacing is the best of those measured for 10 calls, at hardly any cost for 25.
+    Sampling begins where alphas_bar is 2/(H·W). If it is smaller, x0_hat is mostly error. If it is
+    larger, the mean pixel of x_t shows the colour of x0, which pure noise (0 ± 1/sqrt(H·W)) lacks.
+    The spacing is the best of those measured for 10 calls, and costs hardly any quality at 25.
     """
     steps, spacing = min(FEW_STEPS, T), FEW_STEPS_SPACING
     return dict(steps=steps, min_alpha_bar=2 / image_size**2, spacing=spacing)
@@ -374,7 +374,7 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
 
 
 def decoder_log_likelihood(x0, mean, log_variance):
-    """log p(x0 | x_1) of each element, in nats: a Gaussian summed over the bin of each pixel value.
+    """log p(x0 | x_1) of each element, in nats: a Gaussian integrated over each pixel's bin.
 
     x0 in [-1, 1] on the grid of 256 values. Bins are 2/255 wide; those at ±1 are open to infinity.
     """
@@ -408,5 +408,5 @@ def generator(seed, index, device="cpu", stream="noise"):
 
 
 def randn(shape, generators):
-    """Normal noise (N, *shape), that of each image from its own generator, on their device."""
+    """Normal noise (N, *shape) on the generators' device: one generator for each image."""
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])

@@ -29,7 +29,7 @@ from sampler import gather
 @dataclasses.dataclass
 class UNetConfig:
     """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters). Raises
-    ValueError for a size that channel_mult cannot halve, or attention at another resolution."""
+    ValueError for sizes that do not fit: channel_mult, attention_resolutions, low_res."""
 
     image_size: int = 32  # pixels a side; halved between the entries of channel_mult
     in_channels: int = 3  # C
@@ -52,7 +52,7 @@ class UNetConfig:
         size, mult, low_res = self.image_size, self.channel_mult, self.low_res
         sizes = [size >> level for level in range(len(mult))]
         if not sizes or size != sizes[-1] << len(sizes) - 1:
-            raise ValueError(f"--channel-mult {spelt(mult)} does not halve --image-size {size}")
+            raise ValueError(f"--channel-mult {spelt(mult)} halves --image-size {size} too often")
         if unknown := set(self.attention_resolutions) - set(sizes):
             raise ValueError(f"--attention {unknown.pop()}: the resolutions are {spelt(sizes)}")
         if low_res and (size % low_res or low_res == size):
@@ -186,8 +186,8 @@ class Attention(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with UNetConfig's norm_groups, always in float32: in 16 bits it would be less
-    exact, and slower on CPUs. Raises ValueError if the channels make no groups of 4."""
+    """nn.GroupNorm with UNetConfig's norm_groups, in the precision of its weights: 16 bits would
+    be less exact, and slower on CPUs. Raises ValueError if the channels make no groups of 4."""
 
     def __init__(self, channels, groups):
         if channels % 4:
@@ -208,7 +208,7 @@ def timestep_embedding(t, channels):
 
 
 def zero(layer):
-    """The layer with its parameters 0: a block starts as the identity, the network as 0."""
+    """The layer with its parameters 0: a block starts as its skip, the network as 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -260,7 +260,7 @@ def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=None
         model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
         model.load_state_dict(state["ema"])
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no UNet of ours or of improved-diffusion's") from error
+        raise ValueError(f"{path} holds no UNet of this code or of improved-diffusion") from error
     if process["schedule"] is None or process["T"] is None:
         raise ValueError(f"{path} does not say its process: give --schedule and --T")
     held = process | {"num_heads": model.config.num_heads}
@@ -284,7 +284,7 @@ def read_checkpoint(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or holds more than weights") from error
+        raise ValueError(f"{path} is damaged, or not a checkpoint") from error
     if newer:
         raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
     return state
@@ -296,7 +296,7 @@ def save_checkpoint(path, state):
 
 
 def from_openai(state, schedule, T, time_scale, num_heads):
-    """A checkpoint of ours from improved-diffusion's tensors, and from what they do not say."""
+    """Our checkpoint from improved-diffusion's tensors and the settings that they do not hold."""
     for theirs, ours in OPENAI_NAMES.items():
         state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
     # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
@@ -337,8 +337,8 @@ def run_script(main):
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not memory:
-            raise  # a fault of the program, which its traceback tells
-        # Errors before the ranks join are the same on all: one speaks. Later ones may differ.
+            raise  # a bug: its traceback is shown
+        # Before the ranks join, an error is the same on all: one of each machine prints it.
         if LOCAL_RANK == 0 or dist.is_initialized():
             where = f"rank {RANK}: " if RANK > 0 else ""
             name = os.path.basename(sys.argv[0])
@@ -355,7 +355,7 @@ def first_line(error):
 
 
 def say(message):
-    """Print a line to the user, from one rank. That nobody can read it ends no run."""
+    """Print a line to stderr, from one rank. A failure to print does not end the run."""
     with contextlib.suppress(OSError, RuntimeError):  # the latter in a signal's handler
         if RANK == 0:
             tqdm.write(message, file=sys.stderr)
@@ -440,7 +440,7 @@ def spelt(value):
 
 def pick_device(name):
     """The torch.device for auto (the best), cpu, cuda or mps. Under torchrun, the ranks are joined,
-    and each rank of a machine has a GPU of its own. Raises ValueError."""
+    and each rank of a machine has a GPU of its own. Raises ValueError if it lacks the device."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(n for n in found if found[n]) if name == "auto" else name
     if not found[name]:

@@ -53,12 +53,12 @@ FLAGS = {
         ("out", "samples.png", dict(metavar="PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
     ],
     "the sampler": [
-        ("steps", None, whole, f"network calls for an image, at most (default: {FEW_STEPS})"),
-        ("spacing", None, within(1, 10, float), f"1 is even, 3 closer near t = 0 (default: {FEW_STEPS_SPACING}; with --order 1, 1)"),
+        ("steps", None, whole, f"the most network calls an image (default: {FEW_STEPS})"),
+        ("spacing", None, within(1, 10, float), f"spacing of the steps: 1 is even, 3 is denser near t = 0 (default: {FEW_STEPS_SPACING}; with --order 1: 1)"),
         ("method", FEW_STEPS_SAMPLER["method"], dict(choices=METHODS), "sampler"),
-        ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2: more exact, at no further call"),
-        ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as ancestral"),
-        ("variance", None, dict(choices=("learned", "small", "large")), "of p, for --order 1 (default: the checkpoint's)"),
+        ("order", FEW_STEPS_SAMPLER["order"], within(1, 2), "1, or 2, which is more exact and takes no more calls"),
+        ("eta", 0.0, within(0, 1, float), "noise of DDIM; 1 is as much as --variance small"),
+        ("variance", None, dict(choices=("learned", "small", "large")), "variance of a step, for --order 1 (default: the checkpoint's)"),
         ("batch", 64, whole, "images at a time, on each rank"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
@@ -88,7 +88,7 @@ def main():
     about = describe(args, process, weights, model.config.class_names, labels, small)
     kind = kind_of_output(args)
     device = pick_device(args.device)
-    agree(weights, f"weights in {path}: it was written meanwhile, start again")
+    agree(weights, f"weights in {path}: the file has changed, start again")
     say(f"{path}: {args.n} images in {diffusion.num_steps} steps on {device}")
 
     # Each rank draws its own share of the images; a folder is resumed where it was left.
@@ -202,7 +202,7 @@ def choose_inputs(args, config):
     number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
     if unknown := [name for name in names if name not in number]:
         where = args.low_res if asked is None else "--class"
-        raise ValueError(f"{where} {unknown[0]}: no class of the network, which has {some(known)}")
+        raise ValueError(f"{where} {unknown[0]}: unknown to the network, which has {some(known)}")
     labels = torch.tensor([number[name] for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
 

@@ -38,7 +38,7 @@ class ImportanceSampler(torch.nn.Module):
     def __init__(self, T, history=10, uniform=0.001):
         super().__init__()
         self.T, self.history, self.uniform = T, history, uniform
-        # For each t, its last losses, the oldest to be overwritten next, and how many it ever had.
+        # For each t: its last losses (a ring buffer), and the number of losses that it ever had.
         self.register_buffer("losses", torch.zeros(T, history, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))
 
@@ -58,8 +58,8 @@ class ImportanceSampler(torch.nn.Module):
     def update(self, t, losses):
         """Add the losses (n,) of the objective, unweighted, at timesteps t (n,).
 
-        All ranks must call, and each adds the losses of all. Losses not finite are left out. No
-        loop runs over the losses, and no mask selects some: the host would wait for the device.
+        All ranks must call, and each adds the losses of all. Losses not finite are left out. There
+        is no loop over the losses and no mask that selects some: either would make the host wait.
         """
         t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
         t, finite = t.long(), losses.isfinite()

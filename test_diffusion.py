@@ -2855,7 +2855,7 @@ def test_ranks_compare_their_images_and_their_weights(place, monkeypatch, capsys
     assert train_here(*"--eval-only --ckpt run --eval-calls 5 --device cpu".split()) == 0
     assert compared[2] == (
         model_file.checksum(load_checkpoint("run")[0]),
-        "weights in run: it was written meanwhile, start again",
+        "weights in run: the file has changed, start again",
     )
     assert compared[3][0] == len(X)
 
@@ -4156,7 +4156,7 @@ def test_a_resumed_run_matches_classes_by_name_and_its_data_may_move(run, monkey
     assert train_here("--out", "run", "--steps", 4, "--data", "moved") == 0
     assert pairs and pairs <= ALL and "red" not in dict(pairs)
     line = capsys.readouterr().err
-    assert "4 images in 2 classes" in line and "none of cat2" in line
+    assert "4 images in 2 classes" in line and "no images of cat2" in line
 
 
 @pytest.mark.parametrize("name", ["zebra", "Dog", "cat02"])
@@ -4179,7 +4179,7 @@ def test_a_held_out_folder_may_have_some_of_the_classes(run, monkeypatch, capsys
     picture("q/cat10/1.png", "blue")
     assert train_here(*EVAL, "q") == 0
     out, text = capsys.readouterr()
-    assert "on 2 images" in out and "none of cat2" in text and pairs == ALL - {("red", 0)}
+    assert "on 2 images" in out and "no images of cat2" in text and pairs == ALL - {("red", 0)}
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     pixels[range(3), :, :, range(3)] = 255  # red, lime, blue
     np.savez("x.npz", arr_0=pixels, arr_1=np.array(["cat2", "dog", "cat10"]))
@@ -4456,7 +4456,7 @@ def test_a_run_is_measured_on_its_own_data_unless_others_are_given(place, capsys
     assert train_here(*TINY, "--data", "x.npz", "--out", "run") == 0
     assert train_here("--eval-only", "--ckpt", "run", "--eval-calls", 5, "--device", "cpu") == 0
     out, err = capsys.readouterr()
-    warning = "measuring on the images of training, x.npz: --data names others\n"
+    warning = "measuring on the training images, x.npz: give --data to use others\n"
     assert " on 6 images" in out and err.count(warning) == 1
     flags = "--eval-only --ckpt run --eval-calls 5 --device cpu --data x.npz".split()
     assert train_here(*flags) == 0 and warning not in capsys.readouterr().err

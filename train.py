@@ -24,11 +24,11 @@ from argparse import ArgumentTypeError, Namespace
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # has no log_ndtr, which bits/dim need
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # MPS has no log_ndtr (for bits/dim)
 
 
 def on_stop(handle):
-    """Have the signals that stop a program call handle, but for ignored ones (as by nohup)."""
+    """Call handle on the signals that stop a program, except ignored ones (as under nohup)."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
@@ -75,8 +75,8 @@ FLAGS = {
     ],
     "images": [
         ("image_size", 32, within(8, 4096), "pixels a side"),
-        ("class_cond", False, SWITCH, "learn the classes, a folder's subfolders"),
-        ("low_res", None, within(1, 2048), "train an upsampler, of images N pixels a side to --image-size"),
+        ("class_cond", False, SWITCH, "learn the classes: subfolders, or the labels in X.npz"),
+        ("low_res", None, within(1, 2048), "train an upsampler from N pixels a side to --image-size"),
         ("batch", 128, whole, "images in an update, of all ranks together"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
     ],
@@ -87,7 +87,7 @@ FLAGS = {
     ],
     "network": [
         ("channels", 128, within(1, 4096), "width at the full resolution"),
-        ("channel_mult", (1, 2, 2, 2), wholes, "width of each resolution, times --channels"),
+        ("channel_mult", (1, 2, 2, 2), wholes, "channels of each resolution, in units of --channels"),
         ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
         ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
@@ -96,13 +96,13 @@ FLAGS = {
         ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
         ("t_sampler", "uniform", dict(choices=T_SAMPLERS), "which t to train on"),
         ("lr", 1e-4, share, "AdamW's learning rate"),
-        ("warmup", 0, within(0, 10**9), "updates until the learning rate is reached"),
-        ("ema", 0.9999, share, "decay of the averaged weights"),
+        ("warmup", 0, within(0, 10**9), "updates in which the learning rate rises to --lr"),
+        ("ema", 0.9999, share, "final decay of the averaged weights"),
         ("grad_clip", 0.0, within(0, 1e9, float), "scale larger gradients down to this norm; 0 for never"),
         ("dropout", 0.3, within(0, 0.99, float), "the probability of dropout"),
         ("label_dropout", 0.0, share, "share of images shown without a class, for --guidance"),
         ("flip", True, SWITCH, "mirror images at random"),
-        ("init", None, dict(metavar="FILE"), "weights to start a new run from"),
+        ("init", None, dict(metavar="FILE|DIR"), "weights to start a new run from"),
     ],
     "pace (may change when a run is resumed)": [
         ("steps", 500_000, whole, "updates in all"),
@@ -114,11 +114,11 @@ FLAGS = {
     ],
     "bits per dimension": [
         ("eval_only", False, SWITCH, "measure --ckpt on images of --data; no training"),
-        ("ckpt", None, dict(metavar="FILE"), "what to measure (default: the one in --out)"),
+        ("ckpt", None, dict(metavar="FILE|DIR"), "the checkpoint to measure (default: the one in --out)"),
         ("eval_images", 10_000, whole, "the most images to measure"),
         ("eval_steps", None, whole, "measure the process in N of its steps (default: all)"),
-        ("eval_calls", 10, within(5, 10**6), "network calls for an image, at most; T computes every term"),
-        ("spacing", 1.0, within(1, 10, float), "of --eval-steps: 1 is even, 3 closer near t = 0"),
+        ("eval_calls", 10, within(5, 10**6), "the most network calls an image; from T on, every term is computed"),
+        ("spacing", 1.0, within(1, 10, float), "spacing of --eval-steps: 1 is even, 3 is denser near t = 0"),
     ],
 }  # fmt: skip
 GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
@@ -256,8 +256,8 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
 
 
 class Log:
-    """The rows of log.csv: means over the updates since the last row. bits_per_dim is that of the
-    losses; unlike --eval-only, these do not clip x0. The sums stay on the device, so that the host
+    """The rows of log.csv: means over the updates since the last row. bits_per_dim is from the
+    losses, which do not clip x0 (--eval-only does). The sums stay on the device, so that the host
     waits for it only once a row."""
 
     def __init__(self, config, state, device):
@@ -403,7 +403,7 @@ def load_data(config, network=None, held_out=False):
     elif os.path.isdir(config.data):
         images, names, notes = load_folder(config.data, size, config)
     else:
-        raise ValueError(f"--data {config.data}: no folder, no .npz file, not digits or cifar10")
+        raise ValueError(f"--data {config.data} is not a folder, an .npz file, digits or cifar10")
     if images.shape[2:] != (size, size):
         found = f"--data {config.data} has {images.shape[-1]} pixels a side"
         raise ValueError(f"{found}, and --image-size is {size}")
@@ -418,7 +418,7 @@ def load_data(config, network=None, held_out=False):
         labels = np.array([number[name] for name in names])
         found += f" in {len(present)} classes: {some([f'{c} ({k})' for c, k in number.items()])}"
         if absent := [name for name in classes if name not in present]:
-            found += f"; none of {some(absent)}"
+            found += f"; no images of {some(absent)}"
     say(found + notes)
     agree(len(images), f"images in {config.data}: wait until it is complete, then start again")
     return images, labels, classes
@@ -428,8 +428,8 @@ def number_classes(found, network, data):
     """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
     if network is None:
         return tuple(sorted(found, key=natural))
-    # OpenAI's files and our older ones hold no names: they number the classes in plain order, as an
-    # .npz file without names has done already.
+    # OpenAI's files and our older ones hold no class names: they number them in plain order. In an
+    # .npz file without names, the labels are such numbers already.
     known, numbers = network.num_classes, tuple(map(str, range(network.num_classes)))
     numbered = data.lower().endswith(".npz") and found <= set(numbers)
     names = network.class_names or (numbers if numbered else tuple(sorted(found)))
@@ -448,12 +448,12 @@ def natural(name):
 
 @lru_cache(2**16)
 def printable(name):
-    """A file's name in one line that any file can hold: what cannot be printed is escaped."""
+    """A file's name in one line: characters that cannot be printed are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def draw_digits(n, size, seed):
-    """n pictures of a digit: any height and place, white or black on paper of any colour."""
+    """n pictures of a digit, at least half as high as the image, in any place, on any colour."""
     rng = np.random.default_rng(seed)
     fonts = [ImageFont.load_default(size=height * 1.4) for height in range(size // 2, size - 2)]
     images, digits = np.empty((n, size, size, 3), np.uint8), rng.integers(10, size=n).astype(str)
@@ -604,11 +604,11 @@ def evaluate(config, model, device, dtype):
 
     Of digits and cifar10, they are images that no run is trained on. The ranks share the images.
     Unless every term is computed, two independent estimates of each image's bound are made: their
-    differences tell the error of the timesteps and the noise.
+    difference shows the error due to the timesteps and the noise.
     """
     process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
-    agree(checksum(model), f"weights in {config.ckpt}: it was written meanwhile, start again")
+    agree(checksum(model), f"weights in {config.ckpt}: the file has changed, start again")
     images, labels, _ = load_data(config, model.config, held_out=True)
     rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
     n, mine = len(rows), rows[RANK::WORLD]
@@ -646,9 +646,9 @@ def evaluate(config, model, device, dtype):
     # The mean bound and its standard errors, its parts, and a file of its terms.
     errors = "every term computed" if exact else f"± {half.norm() / n:.4f} (timesteps and noise)"
     if n > 1:
-        errors += f", ± {bound.std() / n**0.5:.4f} (with the choice of images)"
+        errors += f", ± {bound.std() / n**0.5:.4f} (including the choice of images)"
     else:
-        errors += ", one image tells no error of the choice of images"
+        errors += ", one image gives no error for the choice of images"
     report(f"bits/dim {bound.mean():.4f} on {n} images, {errors}")
     L_t = sums / draws
     kls = (bound - prior).mean() - L_t[0]
@@ -679,8 +679,8 @@ MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4)
 
 def configure(argv):
     """-> the configuration (a Namespace), the dict of the checkpoint to start from or {}, and the
-    network to measure or None. Raises ValueError for flags that contradict each other or the run.
-    """
+    network of --ckpt or --init, or None. Raises ValueError for flags that contradict each other or
+    the run."""
     usage = "[torchrun] train.py [--data digits|cifar10|DIR|X.npz] [flags]"
     given, preset = parse_flags(usage, FLAGS, argv, preset_of)
     name = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
@@ -712,7 +712,7 @@ def configure(argv):
                 raise ValueError(f"{source} does not say its data: give --data")
             run["data"] = stored.get("config", {}).get("data", "digits")
             if "data" not in given and run["data"] not in PRESETS:
-                say(f"measuring on the images of training, {run['data']}: --data names others")
+                say(f"measuring on the training images, {run['data']}: give --data to use others")
         else:
             values = model.state_dict()
             state = dict(unet=vars(model.config), model=values, ema=values)
@@ -720,7 +720,7 @@ def configure(argv):
     for name in sorted(given.keys() & fixed):
         if given[name] != (held := run.get(name, preset[name])):
             wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(held)}"
-            raise ValueError(f"{wrong}; leave it out, or take another --out or checkpoint")
+            raise ValueError(f"{wrong}; leave the flag out, or give another --out or checkpoint")
     run |= {"ckpt": ckpt, "out": out}  # where the run is, not where it was
     config = Namespace(**(preset | {"time_scale": None} | run | given))
     config.label_dropout *= config.class_cond
@@ -736,7 +736,7 @@ def where(data):
 
 
 def preset_of(given):
-    """What the data change of the paper's values. In `given`, a folder's name gets a slash."""
+    """The values that --data sets instead of the paper's. Adds a slash to a folder in `given`."""
     data = given.get("data", "digits")
     preset = PRESETS.get(data, FOLDER)
     size = preset.get("image_size", 32)
