@@ -77,7 +77,7 @@ FLAGS = {
         ("image_size", 32, within(8, 4096), "pixels a side"),
         ("class_cond", False, SWITCH, "learn the classes: subfolders, or the labels in X.npz"),
         ("low_res", None, within(1, 2048), "train an upsampler from N pixels a side to --image-size"),
-        ("batch", 128, whole, "images in an update, of all ranks together"),
+        ("batch", 128, within(1, 10**6), "images in an update, of all ranks together"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
     ],
     "process": [
