@@ -360,8 +360,7 @@ def few_steps(T, image_size):
     larger, the mean pixel of x_t shows the colour of x0, which pure noise (0 ± 1/sqrt(H·W)) lacks.
     The spacing is the best of those measured for 10 calls, and costs hardly any quality at 25.
     """
-    steps, spacing = min(FEW_STEPS, T), FEW_STEPS_SPACING
-    return dict(steps=steps, min_alpha_bar=2 / image_size**2, spacing=spacing)
+    return dict(steps=min(FEW_STEPS, T), spacing=FEW_STEPS_SPACING, min_alpha_bar=2 / image_size**2)
 
 
 # ---- Gaussians ---------------------------------------------------------------------------------

@@ -4234,8 +4234,8 @@ WRONG = """
     --channel-mult=x --channel-mult=1.5 --channel-mult=12345 --num-res-blocks=0
     --num-res-blocks=101 --attention=x --attention= --attention=0 --num-heads=0 --num-heads=x
     --dropout=-0.1 --dropout=1 --dropout=nan --dropout=x --batch=0 --batch=-4 --batch=x
-    --batch=1000001 --lr=-1 --lr=2 --lr=nan --lr=x --warmup=-1 --warmup=x --ema=-0.1 --ema=1.1 --ema=nan --grad-clip=-1
-    --grad-clip=inf --grad-clip=nan --seed=-1 --seed=4294967296 --seed=x --data= --out= --steps=0
+    --batch=1000001 --lr=-1 --lr=2 --lr=nan --lr=x --warmup=-1 --warmup=x --ema=-0.1 --ema=1.1
+    --ema=nan --grad-clip=-1 --grad-clip=inf --grad-clip=nan --seed=-1 --seed=4294967296 --seed=x --data= --out= --steps=0
     --steps=x --steps=1e3 --steps=-1 --accum=0 --accum=x --init= --device=gpu --dtype=fp8
     --log-every=0 --log-every=x --sample-every=-1 --sample-every=x --save-every=0 --save-every=x
     --class-cond=yes --flip=1 --compile=x --eval-images=0 --eval-steps=0 --eval-steps=x
