@@ -351,6 +351,8 @@ def run_script(main):
 
 def first_line(error):
     """What an error says, in one line."""
+    if getattr(error, "filename", None):  # "[Errno 2] No such file or directory: 'x'"
+        return f"{error.filename}: {error.strerror}"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -359,6 +361,12 @@ def say(message):
     with contextlib.suppress(OSError, RuntimeError):  # the latter in a signal's handler
         if RANK == 0:
             tqdm.write(message, file=sys.stderr)
+
+
+def progress_bar(*given, **more):
+    """A bar of tqdm's, from one rank. Off a terminal, it is printed once a minute."""
+    seconds = {} if TTY else dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)
+    return tqdm(*given, **seconds, **more, disable=RANK > 0 or sys.stderr is None)
 
 
 def some(names, most=10):

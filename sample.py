@@ -16,6 +16,7 @@ import glob
 import os
 import signal
 import sys
+import tempfile
 import zlib
 from argparse import Namespace
 from functools import partial
@@ -28,15 +29,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from diffusion import (
     FEW_STEPS, FEW_STEPS_SAMPLER, FEW_STEPS_SPACING, METHODS, SCHEDULES, Diffusion, few_steps,
     generator, guided, randn,
 )  # fmt: skip
 from model import (
-    DEVICES, DTYPES, RANK, TTY, WORLD, agree, autocast, checksum, draw_grid, load_checkpoint,
-    load_npz, parse_flags, pick_device, pick_dtype, read_picture, report, run_script, say, some,
+    DEVICES, DTYPES, RANK, WORLD, agree, autocast, checksum, draw_grid, load_checkpoint, load_npz,
+    parse_flags, pick_device, pick_dtype, progress_bar, read_picture, report, run_script, say, some,
     to_pixels, within, write,
 )  # fmt: skip
 from sampler import gather
@@ -47,10 +47,10 @@ FLAGS = {
         ("ckpt", None, dict(metavar="FILE|DIR"), "checkpoint (default: the newest in runs/, else in assets/)"),
         ("n", None, whole, "images (default: 64; with --low-res, one for each small image)"),
         ("class", None, dict(metavar="NAME|K"), "the class to draw (default: all classes in turn)"),
-        ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none"),
+        ("guidance", 1.0, within(0, 100, float), "scale of classifier-free guidance; 1 for none, 0 for no class"),
         ("low_res", None, dict(metavar="PATH"), "an upsampler's small images: X.npz, picture, folder"),
         ("seed", 0, within(0, 2**32 - 1), "the seed of the images"),
-        ("out", "samples.png", dict(metavar="PATH"), "X.png (a grid), X.gif, X.npz or a folder"),
+        ("out", "samples.png", dict(metavar="PATH"), "X.png (a grid), X.gif, X.npz or a folder (resumed)"),
     ],
     "the sampler": [
         ("steps", None, whole, f"the most network calls an image (default: {FEW_STEPS})"),
@@ -75,7 +75,7 @@ FLAGS = {
 def main():
     given, preset = parse_flags("[torchrun] sample.py [flags]", FLAGS, sys.argv[1:], lambda _: {})
     args = Namespace(**preset | given)
-    path = args.ckpt or newest_checkpoint()
+    path = args.ckpt = args.ckpt or newest_checkpoint()
     model, process = load_checkpoint(path, args.schedule, args.T, args.time_scale, args.num_heads)
     check(args, model.config, process)
     small, labels = choose_inputs(args, model.config)
@@ -98,6 +98,9 @@ def main():
     if kind == "folder":
         paths = {i: os.path.join(args.out, f"{i:06}.png") for i in mine}
         mine = [i for i in mine if not is_done(paths[i], about(i))]
+        others = set(os.listdir(args.out)) - {f"{i:06}.png" for i in range(args.n)}
+        if others := sorted(name for name in others if name.endswith(".png")):
+            say(f"{args.out} holds {len(others)} other pictures: {some(others, 3)}")
     drawn = draw(args, model.to(device), diffusion.to(device), small, labels, mine, shown)
     if kind == "folder":
         for i, frames in drawn:
@@ -120,7 +123,7 @@ def draw(args, model, diffusion, small, labels, indices, shown):
     device, size = diffusion.alphas_bar.device, model.config.image_size
     dtype = pick_dtype(args.dtype, device)
     net = guided(model, args.guidance) if args.guidance != 1 else model
-    bar = tqdm(total=len(indices), unit=" images", disable=not TTY or RANK > 0)
+    bar = progress_bar(total=len(indices), unit=" images")
     for start in range(0, len(indices), args.batch):
         part = indices[start : start + args.batch]
         generators = [generator(args.seed, i, device) for i in part]
@@ -148,7 +151,7 @@ def check(args, config, process):
     if args.variance and (args.order == 2 or args.method == "ddim"):
         raise ValueError("--variance is for --order 1 --method ancestral: others have their own")
     if args.steps and args.steps > process["T"]:
-        raise ValueError(f"--steps {args.steps}: the process has T = {process['T']}")
+        raise ValueError(f"--steps {args.steps}: {args.ckpt} has T = {process['T']}")
 
 
 def kind_of_output(args):
@@ -163,9 +166,13 @@ def kind_of_output(args):
     if kind == ".npz" and os.path.exists(args.out):
         raise ValueError(f"--out {args.out} exists: remove it, or take another name")
     folder = args.out if kind == "folder" else os.path.dirname(os.path.abspath(args.out))
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK) or (kind != "folder" and os.path.isdir(args.out)):
-        raise OSError(f"--out {args.out}: cannot write there")
+    if kind != "folder" and os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out} is a folder, not a file to write")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--out {args.out}: cannot write there ({error.strerror})") from error
     return kind
 
 
@@ -183,7 +190,7 @@ def choose_inputs(args, config):
     names = known  # of the classes of image 0, 1, …, in turn
     if (args.low_res is None) != (config.low_res is None):
         needs = "needs" if config.low_res else "has no use for"
-        raise ValueError(f"this network {needs} --low-res")
+        raise ValueError(f"{args.ckpt} {needs} --low-res")
     if args.low_res is not None:
         small, names = load_small(args.low_res, config.low_res)
         args.n = args.n or len(small)
@@ -191,18 +198,18 @@ def choose_inputs(args, config):
     args.n = args.n or 64
     if not known:
         if asked is not None or args.guidance != 1:
-            raise ValueError("--class and --guidance are for networks that know classes")
+            raise ValueError(f"--class, --guidance: {args.ckpt} knows no classes")
         return small, None
     if args.guidance != 1 and not config.label_dropout:
-        raise ValueError("--guidance: the network was trained without --label-dropout")
+        raise ValueError(f"--guidance: {args.ckpt} was trained without --label-dropout")
     names = names if asked is None else [asked]
     if names is None:
-        raise ValueError(f"--class: {args.low_res} does not tell the class of its images")
+        raise ValueError(f"--class is needed: {args.low_res} does not say its classes")
     # A class is meant by its name, or else by its number.
     number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
     if unknown := [name for name in names if name not in number]:
         where = args.low_res if asked is None else "--class"
-        raise ValueError(f"{where} {unknown[0]}: unknown to the network, which has {some(known)}")
+        raise ValueError(f"{where} {unknown[0]}: {args.ckpt} has the classes {some(known)}")
     labels = torch.tensor([number[name] for name in names])
     return small, labels[torch.arange(args.n) % len(labels)]
 

@@ -43,6 +43,7 @@ import torch._dynamo  # optimizers import it: now, not while a test has replaced
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch.distributions import Normal, kl_divergence
+from tqdm import tqdm
 
 import model as model_file
 import sampler as sampler_file
@@ -2727,6 +2728,7 @@ def test_a_signal_saves_and_stops_and_the_run_resumes_to_the_bit(name, whole, wi
         assert train_here(*flags, "--out", "run") == 128 + number
     out, err = capsys.readouterr()
     assert out == "" and err.count("stopping after this update") == 1
+    assert err.endswith("\nsaved run/ckpt.pt after update 5 of 9\n")
     assert read_checkpoint("run/ckpt.pt")["step"] == 5
     assert os.listdir("run/samples") == []  # who stops a run does not wait for a grid
     assert train_here("--out", "run", "--sample-every", 0) == 0
@@ -2786,6 +2788,15 @@ def test_a_checkpoint_holds_the_means_of_all_ranks(tmp_path, monkeypatch):
     monkeypatch.undo()
     train.Log(config, state, torch.device("cpu")).write_row(8, 0.1, torch.tensor(0.5))
     assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("8,2,4.5,4,0.1,0,")
+
+
+def test_a_row_says_how_long_the_rest_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    config, state = Namespace(out=str(tmp_path), steps=9000), dict(step=500, seconds=1000)
+    log = train.Log(config, state, torch.device("cpu"))
+    monkeypatch.setattr(time, "monotonic", lambda: 300.0)  # 1,200 s for 1,000 updates; 8,000 more
+    log.write_row(1000, 0.1, torch.tensor(0.5))
+    assert capsys.readouterr().err.endswith(" 1200 s, 2:40:00 left\n")
 
 
 def test_a_row_counts_the_skipped_updates_once_for_all_ranks(tmp_path, monkeypatch):
@@ -2867,7 +2878,8 @@ def test_a_finished_run_is_left_as_it_is(whole, with_arrays, capsys):
         assert script("train.py", "--out", whole, "--steps", steps) == 0
         out, err = capsys.readouterr()
         assert out == f"{whole}/ckpt.pt\n"
-        assert f"resuming {whole} after update 9 of {steps}\n" in err
+        assert f"{whole} has made 9 updates: give a larger --steps to make more\n" in err
+        assert "resuming" not in err
     assert [file.read_bytes() for file in files] == before
 
 
@@ -3861,7 +3873,7 @@ def test_where_data_cache_cannot_be_written_a_line_names_it(case, nobody, capsys
     else:
         os.chmod(".", 0o555)
     assert train_here(*TINY, "--data", "p", "--out", "runs/x") == 1
-    assert re.search("Permission denied: 'data", errors(capsys)[-1])
+    assert re.search("train.py: error: data.*: Permission denied$", errors(capsys)[-1])
     os.chmod(".", 0o755)
 
 
@@ -4484,6 +4496,22 @@ def test_another_folder_of_the_same_name_does_not_resume_the_run(place, capsys):
     assert not [line for line in errors(capsys) if "had the data" in line]
 
 
+def test_other_data_in_a_run_are_told_by_their_number(with_arrays, capsys):
+    flags = [*SMALL, "--out", "run", "--steps"]
+    told = "ATTENTION: run was trained on 10 images; now there are 7"
+    for steps, number, count in ((1, 10, 0), (2, 10, 0), (3, 7, 1), (4, 7, 0)):
+        with np.load("x.npz") as file:
+            first = {name: array[:number] for name, array in file.items()}
+        np.savez("x.npz", **first)
+        assert train_here(*flags, steps) == 0
+        assert errors(capsys).count(told) == count
+    state = read_checkpoint("run/ckpt.pt")
+    del state["images"]  # as in older files
+    torch.save(state, "run/ckpt.pt")
+    assert train_here(*flags, 5) == 0
+    assert "ATTENTION" not in capsys.readouterr().err
+
+
 def test_a_folder_is_the_same_behind_a_link_and_no_data_set(place):
     os.makedirs("p")
     os.symlink("p", "link")
@@ -4566,6 +4594,29 @@ class OneThread:
 
     def __exit__(self, *_):
         pass
+
+
+def test_off_a_terminal_a_bar_comes_once_a_minute(place, monkeypatch, capsys):
+    for k in range(40):
+        picture(f"p/{k}.png")
+    load("p")
+    assert "reading" not in capsys.readouterr().err
+
+    class Hurried(tqdm):
+        def __init__(self, *given, delay, mininterval, maxinterval, **more):
+            assert delay == mininterval == maxinterval == 60
+            super().__init__(*given, delay=0.05, mininterval=0.05, **more)
+
+    def read_slowly(*given):
+        time.sleep(0.02)
+        return read_image(*given)
+
+    read_image = train.read_image
+    monkeypatch.setattr(model_file, "tqdm", Hurried)
+    monkeypatch.setattr(train, "read_image", read_slowly)
+    shutil.rmtree("data")
+    load("p")
+    assert re.search(r"reading p: +\d+%.*/40 ", capsys.readouterr().err)
 
 
 def test_two_runs_may_decode_one_folder_at_once(place, monkeypatch):
@@ -5255,9 +5306,42 @@ def test_the_last_allowed_size_and_folders_with_a_dot_are_allowed(here, monkeypa
         kind_of_output(Namespace(out="x.gif", n=4097))
     os.mkdir("images.v2")
     assert kind_of_output(Namespace(out="images.v2", n=5000)) == "folder"
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(OSError, match="--out x.png: cannot write there"):
+    os.mkdir("x.png")
+    with pytest.raises(ValueError, match="--out x.png is a folder"):
         kind_of_output(Namespace(out="x.png", n=1))
+
+
+@pytest.mark.parametrize("out", ["locked/x.png", "locked/x.npz", "locked", "locked/new"])
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(out, nobody, capsys):
+    checkpoint("ckpt.pt")
+    os.mkdir("locked", 0o555)
+    refused(capsys, f"--out {out}: cannot write there .Permission denied", "--ckpt", "ckpt.pt",
+            "--out", out)  # fmt: skip
+
+
+def test_pictures_of_an_earlier_call_are_named(here, capsys):
+    checkpoint("ckpt.pt")
+    flags = ["--ckpt", "ckpt.pt", "--steps", 1, "--out", "images", "--n"]
+    sample(*flags, 3)
+    open("images/notes.txt", "w").close()
+    assert "other pictures" not in capsys.readouterr().err
+    sample(*flags, 1)
+    said = "images holds 2 other pictures: 000001.png, 000002.png\n"
+    assert said in capsys.readouterr().err and len(os.listdir("images")) == 4
+
+
+def test_an_error_names_the_checkpoint_that_was_found(here, capsys):
+    for name, about, flags, named in (
+        ("up", dict(low_res=4), (), "runs/up/ckpt.pt needs --low-res"),
+        ("plain", {}, ("--low-res", "x.npz"), "runs/plain/ckpt.pt has no use for --low-res"),
+        ("none", {}, ("--class", 1), "--class, --guidance: runs/none/ckpt.pt knows no classes"),
+        ("cond", CLASSES, ("--class", 7), "--class 7: runs/cond/ckpt.pt has the classes"),
+    ):
+        os.makedirs(f"runs/{name}")
+        checkpoint(f"runs/{name}/ckpt.pt", **about)
+        newer = time.time() + len(os.listdir("runs"))
+        os.utime(f"runs/{name}/ckpt.pt", (newer, newer))
+        refused(capsys, named, *flags)
 
 
 def test_64_images_are_drawn_and_the_line_counts_the_steps_that_are_left(here, monkeypatch, capsys):
@@ -5897,8 +5981,8 @@ def write_small_inputs():
 
 
 BAD_LOW_RES = """
-    up.pt||needs.--low-res
-    plain.pt|--low-res=small.npz|--low-res
+    up.pt||up.pt.needs.--low-res
+    plain.pt|--low-res=small.npz|plain.pt.has.no.use.for.--low-res
     up_cond.pt|--low-res=small.npz|--class.*small.npz
     up_cond.pt|--low-res=short.npz|short.npz
     up.pt|--low-res=nowhere.npz|nowhere.npz

@@ -47,8 +47,8 @@ from diffusion import FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, few_steps, genera
 from model import (
     DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, agree, autocast, checksum,
     draw_grid, first_line, flag, load_checkpoint, load_npz, one_rank_first, parse_flags,
-    pick_device, pick_dtype, read_checkpoint, read_picture, report, run_script, save_checkpoint,
-    say, some, spelt, to_pixels, within, write,
+    pick_device, pick_dtype, progress_bar, read_checkpoint, read_picture, report, run_script,
+    save_checkpoint, say, some, spelt, to_pixels, within, write,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
@@ -169,11 +169,16 @@ def train(config, state, device, dtype):
     start, log = state.get("step", 0), Log(config, state, device)
     stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler)
     stateful |= {"scaler": scaler} if fp16 else {}
-    if start:
+    if start >= config.steps:
+        say(f"{config.out} has made {start} updates: give a larger --steps to make more")
+    elif start:
         say(f"resuming {config.out} after update {start} of {config.steps}")
+    if (before := state.get("images", len(images))) != len(images):
+        now = f"now there are {len(images):,}"
+        say(f"ATTENTION: {config.out} was trained on {before:,} images; {now}")
     for name in stateful.keys() & state.keys():
         stateful[name].load_state_dict(state.pop(name))
-    about = dict(config=vars(config), unet=vars(network), diffusion=process)
+    about = dict(config=vars(config), unet=vars(network), diffusion=process, images=len(images))
     net = torch.compile(model) if config.compile else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -227,6 +232,7 @@ def train(config, state, device, dtype):
             draw_samples(config, done, average, few, images, labels, device, dtype)
         if stopping:
             gather(stop)  # the other ranks wait until rank 0 has saved
+            say(f"saved {ckpt} after update {done} of {config.steps}")
             raise SystemExit(128 + stopping)
     report(ckpt)
 
@@ -287,12 +293,13 @@ class Log:
         loss, bits, norm, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
         loss, bits, norm = (value / max(taken, 1) for value in (loss, bits, norm))
         bits, seconds = bits + prior.item(), time.monotonic() - self.begin
+        left = tqdm.format_interval(seconds / step * (self.bar.total - step))
         self.sums[:5].zero_()
         if RANK == 0:
             row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}\n"
             with open(self.path, "a") as file:
                 file.write(row)
-        say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s")
+        say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s, {left} left")
         if in_a_row >= 100:
             found = f"no finite gradient in the 100 updates until {step}"
             raise ValueError(f"{found}: try a lower --lr, with another --out")
@@ -323,7 +330,8 @@ def draw_samples(config, step, average, diffusion, images, labels, device, dtype
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
     one. They are drawn in parts of the size that training uses. A failure does not end the run."""
     n, columns = (16, 12) if config.low_res else (64, 8)
-    tiles = []
+    path, tiles = os.path.join(config.out, "samples", f"{step:07}.png"), []
+    say(f"drawing {path}")
     try:
         for part in torch.arange(n).split(config.batch // WORLD // config.accum):
             x0, y = to_device(images, labels, part.numpy() % len(images), device)
@@ -340,7 +348,6 @@ def draw_samples(config, step, average, diffusion, images, labels, device, dtype
                 x = torch.stack([small, x, x0], dim=1).flatten(0, 1)
             tiles.append(to_pixels(x))
         grid = draw_grid(torch.cat(tiles), columns)
-        path = os.path.join(config.out, "samples", f"{step:07}.png")
         write(path, partial(grid.save, format="png"))
     except (OSError, RuntimeError, MemoryError) as error:
         say(f"no grid of samples at step {step}: {first_line(error)}")
@@ -477,7 +484,8 @@ def load_cifar10(held_out):
         with one_rank_first(), contextlib.redirect_stdout(sys.stderr):
             data = CIFAR10("data", train=not held_out, download=True)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"no CIFAR-10 ({error}): put cifar-10-python.tar.gz into data/") from error
+        file = f"cifar-10-python.tar.gz, from {CIFAR10.url},"
+        raise OSError(f"no CIFAR-10 ({error}): put {file} into data/") from error
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
 
@@ -525,7 +533,7 @@ def decode(root, size, paths, cache):
     good, broken = [], {}
     with tempfile.TemporaryDirectory(dir="data/cache", suffix=".tmp") as work:
         with open(f"{work}/images", "wb") as file, ThreadPool() as pool:
-            bar = tqdm(pool.imap(read, paths), f"reading {root}", len(paths), disable=not TTY)
+            bar = progress_bar(pool.imap(read, paths), f"reading {root}", len(paths))
             for path, image in zip(paths, bar):
                 if isinstance(image, str):
                     broken[path] = image
@@ -625,13 +633,13 @@ def evaluate(config, model, device, dtype):
     # For each image the bound, half the difference of the estimates, and the prior. For each t the
     # sum of all L_t, and their number.
     bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
-    bar = tqdm(range(0, len(mine), config.batch), "bits/dim", disable=not TTY or RANK > 0)
+    bar = progress_bar(range(0, len(mine), config.batch), "bits/dim")
     for start in bar:
         x0, y = to_device(images, labels, mine[start : start + config.batch], device)
         net = give_low_res(model, x0, config.low_res)
         with autocast(device, dtype):
             if exact:
-                terms, prior = diffusion.bits_per_dim(net, x0, y, progress=not bar.disable)
+                terms, prior = diffusion.bits_per_dim(net, x0, y, progress=TTY and RANK == 0)
                 total = other = terms.sum(1) + prior
             else:
                 total, terms, prior = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
@@ -762,12 +770,13 @@ def check(config, given):
     if config.eval_steps and config.eval_steps > config.T:
         raise ValueError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
     if config.data == "cifar10" and config.image_size != 32:
-        raise ValueError(f"--image-size {config.image_size}: cifar10 has 32 pixels a side")
+        raise ValueError(f"cifar10 has 32 pixels a side, not --image-size {config.image_size}")
     if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
         needs = f"--variance {config.variance} needs --objective simple or vlb"
         raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
     if config.batch < WORLD * config.accum and not config.eval_only:
-        raise ValueError(f"--batch {config.batch} is below {WORLD} ranks × --accum {config.accum}")
+        parts = f"--accum {config.accum} × {WORLD} (ranks)"
+        raise ValueError(f"--batch {config.batch} is below {parts}")
     if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
         say("--objective simple trains no variance: take --variance large or small")
     if given.get("label_dropout") and not config.class_cond:
