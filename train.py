@@ -329,9 +329,10 @@ def catch_signals():
 def draw_samples(config, step, average, diffusion, images, labels, device, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
     one. They are drawn in parts of the size that training uses. A failure does not end the run."""
-    n, columns = (16, 12) if config.low_res else (64, 8)
-    path, tiles = os.path.join(config.out, "samples", f"{step:07}.png"), []
+    path = os.path.join(config.out, "samples", f"{step:07}.png")
     say(f"drawing {path}")
+    n, columns = (16, 12) if config.low_res else (64, 8)
+    tiles = []
     try:
         for part in torch.arange(n).split(config.batch // WORLD // config.accum):
             x0, y = to_device(images, labels, part.numpy() % len(images), device)
