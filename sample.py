@@ -149,7 +149,7 @@ def check(args, config, process):
     if args.eta and args.method != "ddim":
         raise ValueError("--eta is for --method ddim")
     if args.variance and (args.order == 2 or args.method == "ddim"):
-        raise ValueError("--variance is for --order 1 --method ancestral: others have their own")
+        raise ValueError("--variance needs --order 1 and --method ancestral")
     if args.steps and args.steps > process["T"]:
         raise ValueError(f"--steps {args.steps}: {args.ckpt} has T = {process['T']}")
 

@@ -3993,6 +3993,14 @@ def test_the_size_of_arrays_is_taken_unless_another_is_given(place, capsys):
     assert "--class-cond" in line and "y.npz" in line
 
 
+def test_data_that_are_not_there_leave_no_run(place, capsys):
+    for data in ("digit", "x.npz", "a.npy", "gone/"):
+        assert train_here(*TINY, "--data", data) in (1, 2)
+        (line,) = errors(capsys)
+        assert line.startswith("train.py: error: ") and data.rstrip("/") in line
+        assert f"{data}/" not in line and not os.path.exists("runs")
+
+
 def stand_in_cifar10(patch):
     """An archive in CIFAR-10's format with 6 images a batch, where a user may put it -> pixels."""
     from torchvision.datasets import CIFAR10
@@ -4222,7 +4230,7 @@ def test_a_checkpoint_without_names_keeps_the_plain_order(run, capsys, monkeypat
 
 
 def test_fewer_classes_than_a_network_without_names_are_refused():
-    with pytest.raises(ValueError, match="2 classes, the network knows 3"):
+    with pytest.raises(ValueError, match="2 classes, the network has 3"):
         train.number_classes({"ant", "bee"}, UNetConfig(num_classes=3), "p/")
 
 

@@ -68,7 +68,7 @@ wholes = dict(type=list_of_numbers, metavar="N,N")
 # Name, the paper's value on CIFAR-10 (of flip, Ho et al.'s), what argparse must know, meaning.
 FLAGS = {
     "where (may change when a run is resumed)": [
-        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder, X.npz; sets defaults"),
+        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder or X.npz; the defaults depend on it"),
         ("out", None, dict(metavar="DIR"), "the run's directory (default: runs/ and the name of the data)"),
         ("device", "auto", DEVICES, "where to compute"),
         ("dtype", "auto", DTYPES, "precision of matrix products"),
@@ -89,7 +89,7 @@ FLAGS = {
         ("channels", 128, within(1, 4096), "width at the full resolution"),
         ("channel_mult", (1, 2, 2, 2), wholes, "channels of each resolution, in units of --channels"),
         ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
-        ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none"),
+        ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none; the middle always attends"),
         ("num_heads", 4, within(1, 4096), "heads of attention"),
     ],
     "training": [
@@ -117,7 +117,7 @@ FLAGS = {
         ("ckpt", None, dict(metavar="FILE|DIR"), "the checkpoint to measure (default: the one in --out)"),
         ("eval_images", 10_000, whole, "the most images to measure"),
         ("eval_steps", None, whole, "measure the process in N of its steps (default: all)"),
-        ("eval_calls", 10, within(5, 10**6), "the most network calls an image; from T on, every term is computed"),
+        ("eval_calls", 10, within(5, 10**6), "about so many network calls an image; from the number of steps on, every term is computed"),
         ("spacing", 1.0, within(1, 10, float), "spacing of --eval-steps: 1 is even, 3 is denser near t = 0"),
     ],
 }  # fmt: skip
@@ -251,8 +251,8 @@ def give_low_res(net, x0, size):
 
 
 def update_weights(params, optimizer, scaler, grad_clip, fp16):
-    """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler, whose
-    scale may be 1, has the fused optimizer skip the step on the device: the host need not wait."""
+    """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler (also
+    one of scale 1) makes the optimizer skip the step, on the device: the host need not wait."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)  # 1e30 only measures it
     scaler.step(optimizer)
@@ -301,7 +301,7 @@ class Log:
                 file.write(row)
         say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s, {left} left")
         if in_a_row >= 100:
-            found = f"no finite gradient in the 100 updates until {step}"
+            found = f"no finite gradient in the last {in_a_row:.0f} updates"
             raise ValueError(f"{found}: try a lower --lr, with another --out")
 
     def state(self, step):
@@ -408,10 +408,8 @@ def load_data(config, network=None, held_out=False):
         images, names = load_cifar10(held_out)
     elif config.data.lower().endswith(".npz"):
         images, names = load_npz(config.data)
-    elif os.path.isdir(config.data):
-        images, names, notes = load_folder(config.data, size, config)
     else:
-        raise ValueError(f"--data {config.data} is not a folder, an .npz file, digits or cifar10")
+        images, names, notes = load_folder(config.data, size, config)
     if images.shape[2:] != (size, size):
         found = f"--data {config.data} has {images.shape[-1]} pixels a side"
         raise ValueError(f"{found}, and --image-size is {size}")
@@ -436,13 +434,13 @@ def number_classes(found, network, data):
     """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
     if network is None:
         return tuple(sorted(found, key=natural))
-    # OpenAI's files and our older ones hold no class names: they number them in plain order. In an
-    # .npz file without names, the labels are such numbers already.
+    # OpenAI's files and our older ones hold no class names: their classes are numbered in plain
+    # order. In an .npz file without names, the labels are such numbers already.
     known, numbers = network.num_classes, tuple(map(str, range(network.num_classes)))
     numbered = data.lower().endswith(".npz") and found <= set(numbers)
     names = network.class_names or (numbers if numbered else tuple(sorted(found)))
     if len(names) != known:
-        raise ValueError(f"--data {data} has {len(names)} classes, the network knows {known}")
+        raise ValueError(f"--data {data} has {len(names)} classes, the network has {known}")
     if unknown := sorted(found - set(names)):
         raise ValueError(f"--data {data} has a class {unknown[0]}; the network's are {some(names)}")
     return names
@@ -502,7 +500,7 @@ def load_folder(root, size, config):
     key = hashlib.sha256(repr((os.path.realpath(root), size, listing)).encode()).hexdigest()[:16]
     cache = f"data/cache/{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}"
     with one_rank_first(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow's, on damage that costs no pixel
+        warnings.simplefilter("ignore")  # Pillow warns of damage that costs no pixel
         good, broken = decode(root, size, paths, cache)
     notes = ""
     if bad := sorted((left_out | broken).items()):
@@ -544,7 +542,7 @@ def decode(root, size, paths, cache):
             file.flush()
             os.fsync(file.fileno())
         np.save(f"{work}/paths.npy", good)
-        with contextlib.suppress(FileNotFoundError):  # a kill leaves no list of other images
+        with contextlib.suppress(FileNotFoundError):  # else a kill may leave a wrong list
             os.remove(f"{cache}.npy")
         os.replace(f"{work}/images", f"{cache}.u8")
         os.replace(f"{work}/paths.npy", f"{cache}.npy")
@@ -611,7 +609,7 @@ def read_image(root, size, path):
 def evaluate(config, model, device, dtype):
     """Print a network's bound on the images of --data, and write the mean of each L_t.
 
-    Of digits and cifar10, they are images that no run is trained on. The ranks share the images.
+    Of digits and cifar10, these are images that no run trains on. The ranks share the images.
     Unless every term is computed, two independent estimates of each image's bound are made: their
     difference shows the error due to the timesteps and the noise.
     """
@@ -793,6 +791,9 @@ def main():
     say(" ".join(f"{name}={value}" for name, value in values.items() if value is not None))
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    if config.data not in PRESETS and not os.path.exists(config.data):
+        data = os.path.normpath(config.data)
+        raise ValueError(f"--data {data} is not a folder, an .npz file, digits or cifar10")
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
