@@ -99,8 +99,8 @@ def main():
         paths = {i: os.path.join(args.out, f"{i:06}.png") for i in mine}
         mine = [i for i in mine if not is_done(paths[i], about(i))]
         others = set(os.listdir(args.out)) - {f"{i:06}.png" for i in range(args.n)}
-        if others := sorted(name for name in others if name.endswith(".png")):
-            say(f"{args.out} holds {len(others)} other pictures: {some(others, 3)}")
+        if others := sorted(name for name in others if not name.endswith(".tmp")):
+            say(f"{args.out} holds {len(others)} other files: {some(others, 3)}")
     drawn = draw(args, model.to(device), diffusion.to(device), small, labels, mine, shown)
     if kind == "folder":
         for i, frames in drawn:
@@ -204,7 +204,7 @@ def choose_inputs(args, config):
         raise ValueError(f"--guidance: {args.ckpt} was trained without --label-dropout")
     names = names if asked is None else [asked]
     if names is None:
-        raise ValueError(f"--class is needed: {args.low_res} does not say its classes")
+        raise ValueError(f"--class is needed: {args.low_res} has no classes, as .npz files may")
     # A class is meant by its name, or else by its number.
     number = {str(k): k for k in range(len(known))} | {name: k for k, name in enumerate(known)}
     if unknown := [name for name in names if name not in number]:

@@ -4313,6 +4313,18 @@ def test_wrong_shapes_are_refused_before_data_are_read(place, monkeypatch, capsy
         assert train_here(*TINY, *HALVING, "--data", "p", *flags.split()) in (1, 2)
         (line,) = errors(capsys)
         assert flags.split()[0] in line or "--attention" in line
+        assert not os.path.exists("runs")
+
+
+@pytest.mark.parametrize(
+    "data, device, told",  # the paper's network has 52.5 million parameters
+    [("cifar10", "cpu", "53M parameters on a CPU"), ("cifar10", "cuda", ""), ("digits", "cpu", "")],
+)
+def test_a_large_network_on_a_cpu_is_told(data, device, told, here, capsys):
+    config, state, _ = train.configure(["--data", data])
+    train.shape_network(config, state, torch.device(device))
+    err = capsys.readouterr().err
+    assert err.startswith(told) and err.count("\n") == bool(told)
 
 
 def test_a_resumed_run_refuses_what_conflicts(run, capsys):
@@ -4481,6 +4493,7 @@ def test_a_run_is_measured_on_its_own_data_unless_others_are_given(place, capsys
     out, err = capsys.readouterr()
     warning = "measuring on the training images, x.npz: give --data to use others\n"
     assert " on 6 images" in out and err.count(warning) == 1
+    assert "bits/dim:" not in err  # no bar off a terminal, before a minute has passed
     flags = "--eval-only --ckpt run --eval-calls 5 --device cpu --data x.npz".split()
     assert train_here(*flags) == 0 and warning not in capsys.readouterr().err
     assert train_here(*flags, *"--steps 9 --lr 1 --seed 2 --flip".split()) == 0
@@ -5340,9 +5353,9 @@ def test_pictures_of_an_earlier_call_are_named(here, capsys):
     flags = ["--ckpt", "ckpt.pt", "--steps", 1, "--out", "images", "--n"]
     sample(*flags, 3)
     open("images/notes.txt", "w").close()
-    assert "other pictures" not in capsys.readouterr().err
+    assert "other files" not in capsys.readouterr().err
     sample(*flags, 1)
-    said = "images holds 2 other pictures: 000001.png, 000002.png\n"
+    said = "images holds 3 other files: 000001.png, 000002.png, notes.txt\n"
     assert said in capsys.readouterr().err and len(os.listdir("images")) == 4
 
 

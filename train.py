@@ -139,17 +139,12 @@ PRESETS = {"digits": DIGITS, "cifar10": {}}
 # ---- Training ----------------------------------------------------------------------------------
 
 
-def train(config, state, device, dtype):
-    """Train until config.steps updates are made.
+def train(config, state, network, device, dtype):
+    """Train a network (a UNetConfig) until config.steps updates are made.
 
     state  the checkpoint of the run to resume, the weights to start from, or nothing: {}
     """
-    # The data and the network. A wrong shape is refused before images are drawn or decoded.
-    shape = {name: getattr(config, name) for name in SHAPE}
-    shape["out_channels"] = 6 if config.variance == "learned" else 3
-    network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
-    with torch.device("meta"):
-        UNet(network)
+    # The data and the network.
     images, labels, classes = load_data(config, network if "unet" in state else None)
     network.num_classes, network.class_names = classes and len(classes), classes
     network.label_dropout = config.label_dropout
@@ -238,6 +233,18 @@ def train(config, state, device, dtype):
 
 
 # ---- What the loop calls -----------------------------------------------------------------------
+
+
+def shape_network(config, state, device):
+    """The UNetConfig of a run. Raises ValueError for a wrong shape, before any image is read."""
+    shape = {name: getattr(config, name) for name in SHAPE}
+    shape["out_channels"] = 6 if config.variance == "learned" else 3
+    network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
+    with torch.device("meta"):
+        millions = sum(p.numel() for p in UNet(network).parameters()) / 1e6
+    if device.type == "cpu" and millions > 20:
+        say(f"{millions:.0f}M parameters on a CPU take days: README.md has flags for a laptop")
+    return network
 
 
 def seed_dropout(seed, step):
@@ -646,7 +653,7 @@ def evaluate(config, model, device, dtype):
                 terms = torch.cat([terms, more])
         bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
-        bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}")
+        bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}", refresh=False)
     bound, half, prior = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
 
@@ -784,6 +791,9 @@ def check(config, given):
 
 def main():
     config, state, model = configure(sys.argv[1:])
+    if config.data not in PRESETS and not os.path.exists(config.data):
+        data = os.path.normpath(config.data)
+        raise ValueError(f"--data {data} is not a folder, an .npz file, digits or cifar10")
     if config.eval_only and config.dtype == "auto":
         config.dtype = "fp32"  # bf16 biases bits/dim by about 0.02
     unused = (NOT_MEASURED | {"out"} if config.eval_only else MEASURE) | {"eval_only"}
@@ -791,21 +801,19 @@ def main():
     say(" ".join(f"{name}={value}" for name, value in values.items() if value is not None))
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    if config.data not in PRESETS and not os.path.exists(config.data):
-        data = os.path.normpath(config.data)
-        raise ValueError(f"--data {data} is not a folder, an .npz file, digits or cifar10")
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if config.eval_only:
         return evaluate(config, model, device, dtype)
+    network = shape_network(config, state, device)
     os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
     start = state.get("step", 0)
     agree(start, "checkpoints: nodes must share --out")
     with open(os.path.join(config.out, ".lock"), "w") as file:
         if RANK == 0:
             lock(file, config.out)
-        train(config, state, device, dtype)
+        train(config, state, network, device, dtype)
 
 
 def lock(file, out):
