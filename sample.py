@@ -98,6 +98,8 @@ def main():
     if kind == "folder":
         paths = {i: os.path.join(args.out, f"{i:06}.png") for i in mine}
         mine = [i for i in mine if not is_done(paths[i], about(i))]
+        if there := int(gather(torch.tensor([len(paths) - len(mine)])).sum()):
+            say(f"{args.out} holds {there} of these images already")
         others = set(os.listdir(args.out)) - {f"{i:06}.png" for i in range(args.n)}
         if others := sorted(name for name in others if not name.endswith(".tmp")):
             say(f"{args.out} holds {len(others)} other files: {some(others, 3)}")

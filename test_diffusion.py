@@ -5738,7 +5738,7 @@ def ages(folder="images"):
     return {name: os.stat(f"{folder}/{name}").st_mtime_ns for name in os.listdir(folder)}
 
 
-def test_a_folder_is_resumed_where_it_stopped(here, monkeypatch):
+def test_a_folder_is_resumed_where_it_stopped(here, monkeypatch, capsys):
     checkpoint("ckpt.pt", noise=0.3)
     flags = ["--ckpt", "ckpt.pt", "--steps", 2, "--out"]
     sample(*flags, "images", "--n", 4)
@@ -5748,7 +5748,9 @@ def test_a_folder_is_resumed_where_it_stopped(here, monkeypatch):
     open("images/000002.png", "wb").close()
     open("images/000003.png", "wb").write(b"no picture")
     walks = record_walks(monkeypatch)
+    assert "already" not in capsys.readouterr().err
     sample(*flags, "images", "--n", 6)
+    assert "images holds 1 of these images already\n" in capsys.readouterr().err
     assert [len(walk["noise"]) for walk in walks] == [5]  # what was there is not drawn again
     assert ages()["000000.png"] == before["000000.png"]
     for k in range(6):
