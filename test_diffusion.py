@@ -5389,7 +5389,7 @@ def test_the_result_is_told_once_all_ranks_have_drawn(here, monkeypatch, capsys)
         sampler_file, "gather", lambda values: told.append(capsys.readouterr().out) or values
     )
     sample("--ckpt", "ckpt.pt", "--n", 1, "--steps", 1, "--out", "images")
-    assert told == [""] and capsys.readouterr().out == "images\n"
+    assert told == ["", ""] and capsys.readouterr().out == "images\n"
 
 
 def test_arrays_without_classes_hold_no_labels(here):
