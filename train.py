@@ -235,18 +235,6 @@ def train(config, state, network, device, dtype):
 # ---- What the loop calls -----------------------------------------------------------------------
 
 
-def shape_network(config, state, device):
-    """The UNetConfig of a run. Raises ValueError for a wrong shape, before any image is read."""
-    shape = {name: getattr(config, name) for name in SHAPE}
-    shape["out_channels"] = 6 if config.variance == "learned" else 3
-    network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
-    with torch.device("meta"):
-        millions = sum(p.numel() for p in UNet(network).parameters()) / 1e6
-    if device.type == "cpu" and millions > 20:
-        say(f"{millions:.0f}M parameters on a CPU take days: README.md has flags for a laptop")
-    return network
-
-
 def seed_dropout(seed, step):
     """Seed torch's global generator, from which dropout alone draws: each rank on its own."""
     torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
@@ -787,6 +775,18 @@ def check(config, given):
         say("--objective simple trains no variance: take --variance large or small")
     if given.get("label_dropout") and not config.class_cond:
         raise ValueError("--label-dropout needs --class-cond")
+
+
+def shape_network(config, state, device):
+    """The UNetConfig of a run. Raises ValueError for a wrong shape, before any image is read."""
+    shape = {name: getattr(config, name) for name in SHAPE}
+    shape["out_channels"] = 6 if config.variance == "learned" else 3
+    network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
+    with torch.device("meta"):
+        millions = sum(p.numel() for p in UNet(network).parameters()) / 1e6
+    if device.type == "cpu" and millions > 20:
+        say(f"{millions:.0f}M parameters on a CPU take days: README.md has flags for a laptop")
+    return network
 
 
 def main():
