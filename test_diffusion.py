@@ -3988,6 +3988,13 @@ def test_the_size_of_arrays_is_taken_unless_another_is_given(place, capsys):
     (line,) = errors(capsys)
     assert "--data x.npz has 16 pixels a side, and --image-size is 8" in line
     np.savez("y.npz", arr_0=X)
+    np.savez("z.npz", arr_0=X, arr_1=np.arange(6))
+    for name, flags, found in (
+        ("y", (), "6 images\n"), ("z", (), "6 images; the labels are for --class-cond\n"),
+        ("z", ("--class-cond",), "6 images in 6 classes: 0 (0), 1 (1)"),
+    ):  # fmt: skip
+        assert train_here(*TINY, "--data", f"{name}.npz", *flags, "--out", name + "".join(flags)) == 0
+        assert f"\n{found}" in capsys.readouterr().err
     assert train_here(*TINY, "--data", "y.npz", "--class-cond") in (1, 2)
     (line,) = errors(capsys)
     assert "--class-cond" in line and "y.npz" in line

@@ -403,6 +403,7 @@ def load_data(config, network=None, held_out=False):
         images, names = load_cifar10(held_out)
     elif config.data.lower().endswith(".npz"):
         images, names = load_npz(config.data)
+        notes = "; the labels are for --class-cond" if names and not config.class_cond else ""
     else:
         images, names, notes = load_folder(config.data, size, config)
     if images.shape[2:] != (size, size):
