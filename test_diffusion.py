@@ -3993,7 +3993,8 @@ def test_the_size_of_arrays_is_taken_unless_another_is_given(place, capsys):
         ("y", (), "6 images\n"), ("z", (), "6 images; the labels are for --class-cond\n"),
         ("z", ("--class-cond",), "6 images in 6 classes: 0 (0), 1 (1)"),
     ):  # fmt: skip
-        assert train_here(*TINY, "--data", f"{name}.npz", *flags, "--out", name + "".join(flags)) == 0
+        out = name + "".join(flags)
+        assert train_here(*TINY, "--data", f"{name}.npz", *flags, "--out", out) == 0
         assert f"\n{found}" in capsys.readouterr().err
     assert train_here(*TINY, "--data", "y.npz", "--class-cond") in (1, 2)
     (line,) = errors(capsys)
