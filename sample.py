@@ -96,12 +96,13 @@ def main():
     last = diffusion.num_steps - 1
     shown = {round(i) for i in np.linspace(last, 0, 40)} if kind == ".gif" else {0}
     if kind == "folder":
-        paths = {i: os.path.join(args.out, f"{i:06}.png") for i in mine}
+        names = [f"{i:06}.png" for i in range(args.n)]
+        paths = {i: os.path.join(args.out, names[i]) for i in mine}
         mine = [i for i in mine if not is_done(paths[i], about(i))]
         if there := int(gather(torch.tensor([len(paths) - len(mine)])).sum()):
             say(f"{args.out} holds {there} of these images already")
-        others = set(os.listdir(args.out)) - {f"{i:06}.png" for i in range(args.n)}
-        if others := sorted(name for name in others if not name.endswith(".tmp")):
+        others = sorted(set(os.listdir(args.out)) - set(names))
+        if others := [name for name in others if not name.endswith(".tmp")]:
             say(f"{args.out} holds {len(others)} other files: {some(others, 3)}")
     drawn = draw(args, model.to(device), diffusion.to(device), small, labels, mine, shown)
     if kind == "folder":

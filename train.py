@@ -770,8 +770,7 @@ def check(config, given):
         needs = f"--variance {config.variance} needs --objective simple or vlb"
         raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
     if config.batch < WORLD * config.accum and not config.eval_only:
-        parts = f"--accum {config.accum} × {WORLD} (ranks)"
-        raise ValueError(f"--batch {config.batch} is below {parts}")
+        raise ValueError(f"--batch {config.batch} is below --accum {config.accum} × {WORLD} ranks")
     if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
         say("--objective simple trains no variance: take --variance large or small")
     if given.get("label_dropout") and not config.class_cond:
