@@ -1,35 +1,27 @@
 """The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for Σ of p.
 
-The file holds, in this order: the network, which knows nothing of schedules or data; its
-checkpoints, ours and OpenAI's; and what the two scripts share. The layers have the order and shapes
-of openai/improved-diffusion's, whose published weights load here (see load_checkpoint).
+The file holds the network, which knows nothing of schedules or data; then its checkpoints, ours and
+OpenAI's; then what the two scripts share. The layers have the order and shapes of
+openai/improved-diffusion's, whose published weights load here.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
-import sys
-import zipfile
-import zlib
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image
 from torch import nn
-from tqdm import tqdm
-
-from sampler import gather
 
 
 @dataclasses.dataclass
 class UNetConfig:
-    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters). Raises
-    ValueError for sizes that do not fit: channel_mult, attention_resolutions, low_res."""
+    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters).
+    Raises ValueError for sizes that make no network."""
 
     image_size: int = 32  # pixels a side; halved between the entries of channel_mult
     in_channels: int = 3  # C
@@ -45,18 +37,20 @@ class UNetConfig:
     norm_groups: int = 0  # the most groups that a norm has. 0: at most 32, each of at least 4
     # channels, since groups of 1 channel would remove an image's mean colour
     low_res: int | None = None  # an upsampler's: pixels a side of the small image it is given
-    class_names: tuple[str, ...] | None = None  # of class 0, 1, 2, …
-    label_dropout: float = 0.0  # share of the training images that were shown without their class
 
     def __post_init__(self):
-        size, mult, low_res = self.image_size, self.channel_mult, self.low_res
+        size, mult = self.image_size, self.channel_mult
         sizes = [size >> level for level in range(len(mult))]
         if not sizes or size != sizes[-1] << len(sizes) - 1:
-            raise ValueError(f"--channel-mult {spelt(mult)} halves --image-size {size} too often")
+            raise ValueError(f"channel_mult {mult} halves image_size {size} too often")
         if unknown := set(self.attention_resolutions) - set(sizes):
-            raise ValueError(f"--attention {unknown.pop()}: the resolutions are {spelt(sizes)}")
-        if low_res and (size % low_res or low_res == size):
-            raise ValueError(f"--low-res {low_res} must divide {size} and be smaller")
+            raise ValueError(f"attention at {unknown.pop()}: the resolutions are {sizes}")
+        if self.low_res and (size % self.low_res or self.low_res >= size):
+            raise ValueError(f"low_res {self.low_res} must divide {size} and be smaller")
+        for resolution, channels in zip(sizes, [m * self.channels for m in mult]):
+            attends = resolution in (sizes[-1], *self.attention_resolutions)
+            if channels % 4 or (attends and channels % self.num_heads):
+                raise ValueError(f"{channels} channels are no multiple of 4, or of num_heads")
 
 
 class UNet(nn.Module):
@@ -111,7 +105,8 @@ class UNet(nn.Module):
             raise ValueError("y must be given if and only if the network has num_classes")
         if (low_res is None) != (self.config.low_res is None):
             raise ValueError("low_res must be given if and only if the network is an upsampler")
-        emb = self.time_embed(timestep_embedding(t, self.config.channels))
+        emb = timestep_embedding(t, self.config.channels)
+        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
         if y is not None:
             emb = emb + torch.where(y[:, None] >= 0, self.label_emb(y.clamp(min=0)), 0)
         emb = F.silu(emb)  # (N, 4·channels); every block would begin with it
@@ -169,8 +164,6 @@ class Attention(nn.Module):
     def __init__(self, channels, config):
         super().__init__()
         self.num_heads = config.num_heads
-        if channels % self.num_heads:
-            raise ValueError(f"--num-heads {self.num_heads} does not divide {channels} channels")
         self.norm = GroupNorm(channels, config.norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero(nn.Conv2d(channels, channels, 1))
@@ -187,11 +180,9 @@ class Attention(nn.Module):
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm with UNetConfig's norm_groups, in the precision of its weights: 16 bits would
-    be less exact, and slower on CPUs. Raises ValueError if the channels make no groups of 4."""
+    be less exact, and slower on CPUs."""
 
     def __init__(self, channels, groups):
-        if channels % 4:
-            raise ValueError(f"--channels makes {channels} channels, which is no multiple of 4")
         most = groups or min(32, channels // 4)
         super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels)
 
@@ -225,249 +216,97 @@ def attend(q, k, v):
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 
-FORMAT = 1  # of our files; to be raised when older code would misread a newer file
+def load_checkpoint(path):
+    """A UNet with the averaged weights, in eval mode, and the checkpoint: a dict whose "diffusion"
+    are Diffusion's arguments, "classes" the names of the classes or None, and "config" the flags of
+    training. path is a file of train.py, its directory, or a file that OpenAI released, known by
+    its name. Raises OSError, or ValueError if the file is no checkpoint."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is damaged, or no checkpoint") from error
+    names = [name for name in OPENAI_FILES if os.path.basename(path).startswith(name)]
+    if names and "unet" not in ckpt:
+        ckpt = from_openai(ckpt, *OPENAI_FILES[names[0]])
+    if "unet" not in ckpt:
+        raise ValueError(f"{path} is neither train.py's nor named like one of OpenAI's files")
+    model = UNet(UNetConfig(**ckpt["unet"]))
+    model.load_state_dict(ckpt["ema"])
+    return model.eval(), ckpt
 
-# openai/improved-diffusion's names for our layers.
+
+def from_openai(state, config, diffusion):
+    """A checkpoint of ours from the tensors of a released file, and what they do not say."""
+    for theirs, ours in OPENAI_NAMES.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
+    state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
+    unet = dict(dropout=0.0, norm_groups=32) | config
+    return dict(unet=unet, ema=state, diffusion=diffusion, classes=None, config={})
+
+
+# openai/improved-diffusion's names for our layers, and what its files are: UNetConfig's values, but
+# for the paper's CIFAR-10 ones, and Diffusion's arguments.
 OPENAI_NAMES = {
     "input_blocks": "down", "middle_block": "middle", "output_blocks": "up", ".op.": ".",
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "emb", "proj_out": "proj",
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "skip", ".conv.": ".1.",
 }  # fmt: skip
-
-# What the tensors of its released files do not say: schedule, T, time_scale, heads.
+SIZE_64 = dict(image_size=64, channel_mult=(1, 2, 3, 4))
+SIZE_256 = dict(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2)
+LSUN = SIZE_256 | dict(attention_resolutions=(16,), num_heads=1, scale_shift_norm=False)
+CLASSES = dict(channels=192, num_classes=1000)
 OPENAI_FILES = {
-    "cifar10_uncond": ("cosine", 4000, None, 4),
-    "imagenet64_uncond": ("cosine", 4000, None, 4),
-    "imagenet64_cond": ("cosine", 4000, 1.0, 4),
-    "lsun_uncond": ("linear", 1000, 1.0, 1),
-    "upsample_cond": ("linear", 4000, 1.0, 4),
+    "cifar10_uncond": ({}, dict(schedule="cosine", T=4000)),
+    "imagenet64_uncond": (SIZE_64, dict(schedule="cosine", T=4000)),
+    "imagenet64_cond": (SIZE_64 | CLASSES, dict(schedule="cosine", T=4000, time_scale=1.0)),
+    "lsun_uncond": (LSUN, dict(schedule="linear", T=1000, time_scale=1.0)),
+    "upsample_cond": (
+        SIZE_256 | CLASSES | dict(low_res=64), dict(schedule="linear", T=4000, time_scale=1.0)
+    ),
 }
 
 
-def load_checkpoint(path, schedule=None, T=None, time_scale=None, num_heads=None):
-    """UNet with the EMA weights, in eval mode, and Diffusion's arguments, both from the file.
-
-    The file is ours or one that openai/improved-diffusion released. Other plain state dicts of its
-    UNets need schedule and T; of time_scale and num_heads, the defaults are None and 4. Raises
-    OSError, or ValueError if the file is damaged or foreign, or does not agree with what is given.
-    """
-    state = read_checkpoint(path)
-    given = dict(schedule=schedule, T=T, time_scale=time_scale, num_heads=num_heads)
-    try:
-        if "format" not in state:
-            known = [v for k, v in OPENAI_FILES.items() if os.path.basename(path).startswith(k)]
-            state = from_openai(state, *(known or [(schedule, T, time_scale, num_heads or 4)])[0])
-        model, process = UNet(UNetConfig(**state["unet"])), state["diffusion"]
-        model.load_state_dict(state["ema"])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no UNet of this code or of improved-diffusion") from error
-    if process["schedule"] is None or process["T"] is None:
-        raise ValueError(f"{path} does not say its process: give --schedule and --T")
-    held = process | {"num_heads": model.config.num_heads}
-    for name, value in given.items():
-        if value is not None and value != held.get(name):
-            raise ValueError(f"{flag(name)} {value}: {path} has {spelt(held.get(name))}")
-    return model.eval(), process
-
-
-def read_checkpoint(path):
-    """The dict in a checkpoint file, or in ckpt.pt of a directory, once its checksums are verified.
-
-    Raises OSError, or ValueError if the file is damaged, foreign or newer than this code.
-    """
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        newer = state.get("format", FORMAT) != FORMAT
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or not a checkpoint") from error
-    if newer:
-        raise ValueError(f"{path} has format {state['format']}: a newer version wrote it")
-    return state
-
-
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values."""
-    write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
-
-
-def from_openai(state, schedule, T, time_scale, num_heads):
-    """Our checkpoint from improved-diffusion's tensors and the settings that they do not hold."""
-    for theirs, ours in OPENAI_NAMES.items():
-        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-    # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
-    state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
-    channels, in_channels = state["down.0.0.weight"].shape[:2]
-    # The input and each downsampling are bare convolutions: `first` are the blocks after them.
-    first = [i + 1 for i in range(len(state)) if f"down.{i}.0.weight" in state]
-    mult = tuple(len(state[f"down.{i}.0.conv1.weight"]) // channels for i in first)
-    size = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64}.get(mult, 256)  # as its create_model has them
-    attention = [size >> k for k, i in enumerate(first) if f"down.{i}.1.qkv.weight" in state]
-    unet = dict(
-        image_size=size, out_channels=len(state["out.2.weight"]), channels=channels,
-        channel_mult=mult, num_res_blocks=first[1] - 2, dropout=0.0, num_heads=num_heads,
-        attention_resolutions=tuple(attention), norm_groups=32,
-        num_classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
-        scale_shift_norm=len(state["down.1.0.emb.weight"]) > len(state["down.1.0.norm2.weight"]),
-        low_res=size // 4 if in_channels == 6 else None,
-    )  # fmt: skip
-    variance = "learned" if unet["out_channels"] == 6 else "large"
-    process = dict(schedule=schedule, T=T, variance=variance, time_scale=time_scale)
-    return dict(unet=unet, ema=state, diffusion=process)
-
-
-# ---- What the two scripts share: ranks, messages, flags, devices, files, pictures ----------------
+# ---- What the two scripts share: ranks, device, precision, pictures ------------------------------
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-TTY = sys.stderr is not None and sys.stderr.isatty()
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of torchrun's processes
+DEVICES = ["auto", "cpu"]  # the last of them is the best
+DEVICES += ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run_script(main):
-    """Run main() as a command: an error is one line on stderr, its status 2 for wrong input."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # no result is lost to an ASCII terminal
-    try:
-        main()
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not memory:
-            raise  # a bug: its traceback is shown
-        # Before the ranks join, an error is the same on all: one of each machine prints it.
-        if LOCAL_RANK == 0 or dist.is_initialized():
-            where = f"rank {RANK}: " if RANK > 0 else ""
-            name = os.path.basename(sys.argv[0])
-            tqdm.write(f"{name}: error: {where}{first_line(error)}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float between two limits."""
 
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
+        return value
 
-def first_line(error):
-    """What an error says, in one line."""
-    if getattr(error, "filename", None):  # "[Errno 2] No such file or directory: 'x'"
-        return f"{error.filename}: {error.strerror}"
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def say(message):
-    """Print a line to stderr, from one rank. A failure to print does not end the run."""
-    with contextlib.suppress(OSError, RuntimeError):  # the latter in a signal's handler
-        if RANK == 0:
-            tqdm.write(message, file=sys.stderr)
-
-
-def progress_bar(*given, **more):
-    """A bar of tqdm's, from one rank. Off a terminal, it is printed once a minute."""
-    seconds = {} if TTY else dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)
-    return tqdm(*given, **seconds, **more, disable=RANK > 0 or sys.stderr is None)
-
-
-def some(names, most=10):
-    """The first of these names, in a message, and how many more there are."""
-    return ", ".join(names[:most]) + f", … ({len(names) - most} more)" * (len(names) > most)
-
-
-def report(line):
-    """Print a result to stdout, from one rank."""
-    if RANK == 0:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it
-            print(line, flush=True)
-
-
-def parse_flags(usage, flags, argv, preset_of):
-    """The flags that were typed, {name: value}, and the defaults of all. Raises ValueError.
-
-    flags      the table {title: [(name, default, kind, meaning), …]}; for a kind, see within()
-    preset_of  a function from what was typed to the values that replace defaults
-    """
-    parser = argparse.ArgumentParser(
-        usage=usage, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 26, 100),
-    )  # fmt: skip
-    parser.error = refuse
-    for title, rows in flags.items():
-        group = parser.add_argument_group(title)
-        for name, _, kind, meaning in rows:
-            group.add_argument(flag(name), dest=name, help=meaning, **kind)
-    parser.add_argument("-h", "--help", action="store_true", help="print this")
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if value == "":
-            raise ValueError(f"{flag(name)} must not be empty")
-    preset = {row[0]: row[1] for rows in flags.values() for row in rows} | preset_of(given)
-    if "help" in given:
-        told = {k: spelt(v) for k, v in preset.items() if v is not None and v is not False}
-        parser.set_defaults(**told)
-        parser.print_help()
-        raise SystemExit
-    return given, preset
-
-
-def refuse(message):
-    raise ValueError(message)
-
-
-SWITCH = dict(action=argparse.BooleanOptionalAction)
-DEVICES = dict(choices=("auto", "cpu", "cuda", "mps"))
-DTYPES = dict(choices=("auto", "fp32", "bf16", "fp16"))
-
-
-def within(low, high, kind=int):
-    """What argparse must know of a flag that is a number between these limits."""
-
-    def number(text):
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        what = "a whole number, " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"must be {what}{low} … {high}, not {text}")
-
-    return dict(type=number, metavar="N" if kind is int else "X")
-
-
-def flag(name):
-    """How a value's name is spelt on the command line."""
-    return "--" + name.removesuffix("_resolutions").replace("_", "-")
-
-
-def spelt(value):
-    """How a value is spelt on the command line."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else value
+    parse.__name__ = kind.__name__  # which argparse prints if the text is no number
+    return parse
 
 
 def pick_device(name):
-    """The torch.device for auto (the best), cpu, cuda or mps. Under torchrun, the ranks are joined,
-    and each rank of a machine has a GPU of its own. Raises ValueError if it lacks the device."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    name = next(n for n in found if found[n]) if name == "auto" else name
-    if not found[name]:
-        raise ValueError(f"--device {name}: this machine has none")
-    device, backend = torch.device(name), "gloo"
-    if name == "cuda":
-        if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise ValueError("more ranks than GPUs: give torchrun a smaller --nproc-per-node")
+    """The torch.device for one of DEVICES. Joins the ranks, each of which has its own GPU."""
+    device = torch.device(DEVICES[-1] if name == "auto" else name)
+    if device.type == "cuda":
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.cuda.set_device(LOCAL_RANK)
-        device, backend = torch.device(name, LOCAL_RANK), "cpu:gloo,cuda:nccl"
     if WORLD > 1:  # one rank may draw a grid or decode images alone, for which the others wait
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     return device
 
 
 def pick_dtype(name, device):
-    """The torch.dtype of matrix products for auto, fp32, bf16 or fp16. "auto" is bfloat16 where the
-    device computes with it natively, else float16 on CUDA, else float32."""
+    """The torch.dtype of matrix products for one of DTYPES. "auto" is bfloat16 where the device
+    computes with it natively, else float16 on CUDA, else float32."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
@@ -475,7 +314,7 @@ def pick_dtype(name, device):
         native = device.type == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
         name = "bf16" if native else "fp32"
     torch.backends.cudnn.allow_tf32 = name != "fp32"  # TF32 has a precision of 10 bits
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def autocast(device, dtype):
@@ -483,118 +322,19 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-@contextlib.contextmanager
-def one_rank_first():
-    """A context that the first rank of each machine goes through before the others do: each rank
-    passes one barrier, before or after it."""
-    if LOCAL_RANK > 0:
-        gather(torch.zeros(1))
-    yield
-    if LOCAL_RANK == 0:
-        gather(torch.zeros(1))
-
-
-def agree(number, what):
-    """Raise ValueError unless all ranks have this number."""
-    if (gather(torch.tensor([number], dtype=torch.float64)) != number).any():
-        raise ValueError(f"the ranks see different {what}")
-
-
-def checksum(model):
-    """A whole number that tells a network's weights from others."""
-    return zlib.crc32(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]).numpy())
-
-
-def write(path, save):
-    """Have save(file) write a file, which gets its name once it is complete. Raises OSError."""
-    target = os.path.realpath(path)  # a link stays a link
-    try:
-        with open(f"{target}.tmp", "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{target}.tmp", target)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a failed write
-        reason = getattr(error, "strerror", None) or f"{first_line(error)} (is the disk full?)"
-        raise OSError(f"cannot write {path}: {reason}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{target}.tmp")
-
-
-def load_npz(path):
-    """The uint8 images of an .npz file (N, 3, S, S), and the name of the class of each, or None.
-
-    It holds arr_0 or images, uint8 (N, S, S, 3); it may hold arr_1 or labels, whole numbers or
-    names (N,), and class_names, of which the labels are then the indices. sample.py writes such
-    files. Raises OSError, or ValueError if the file is damaged or holds something else.
-    """
-    try:
-        with np.load(path) as file:
-            images = file.get("images", file.get("arr_0"))
-            labels = file.get("labels", file.get("arr_1"))
-            names, found = file.get("class_names"), ", ".join(file.files)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or its images or labels are objects") from error
-    if images is None:
-        raise ValueError(f"{path} has no arr_0 or images, but {found}")
-    square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
-    if images.dtype != np.uint8 or not square or not len(images):
-        found = f"{images.dtype} {images.shape}"
-        raise ValueError(f"{path}: arr_0 (or images) must be uint8 (N, S, S, 3), not {found}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU"):
-        found = f"{labels.dtype} {labels.shape}"
-        raise ValueError(f"{path}: labels must be N whole numbers or names, not {found}")
-    if labels is not None and names is not None:
-        if names.ndim != 1 or not np.isin(labels, np.arange(len(names))).all():
-            raise ValueError(f"{path}: class_names must have a name for each label")
-        labels = names[labels]
-    return images.transpose(0, 3, 1, 2), None if labels is None else labels.astype(str).tolist()
-
-
-Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large images are wanted
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-
-
-def read_picture(path, size=None):
-    """A picture file in RGB, upright, on white. Raises ValueError, which says why there is none.
-
-    size  a large JPEG is decoded at a fraction of its size, at least twice this many pixels a side
-    """
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", size and (2 * size, 2 * size))
-            image.load()
-        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-            raise OSError(0, "32 bits a pixel, whose range is not known")
-        key = image.info.get("transparency")
-        with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            grey = np.asarray(image)
-            grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
-            image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # Pillow has one for every way in which a file can be broken
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'broken'}") from error
-
-
-def to_pixels(x):
-    """(N, C, H, W) in [-1, 1] -> uint8 of the same shape, on the CPU."""
+def to_pixels(x, numbers):
+    """(N, C, H, W) in [-1, 1] -> uint8 of the same shape, on the CPU. Raises FloatingPointError,
+    which says the numbers (N,) of the images that are not finite: these would look black."""
+    if bad := [i for i, image in zip(numbers, x.cpu()) if not image.isfinite().all()]:
+        raise FloatingPointError(f"not finite: images {bad}")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
-def draw_grid(pixels, columns=None):
-    """uint8 (N, 3, H, W) -> a picture of all, nearly square; small ones are enlarged to be seen."""
-    N, _, H, W = pixels.shape
-    columns, zoom = columns or math.ceil(N**0.5), max(1, 64 // W)
-    width, height = columns * (W + 1) - 1, math.ceil(N / columns) * (H + 1) - 1
-    grid = Image.new("RGB", (width, height))  # black, as are the lines between the images
-    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        grid.paste(Image.fromarray(image), (i % columns * (W + 1), i // columns * (H + 1)))
-    return grid.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+def make_picture(pixels, columns=None):
+    """uint8 (N, 3, H, W) -> a PIL image of all, nearly square; small ones are enlarged to be seen."""
+    from torchvision.utils import make_grid  # here, since this import takes seconds
+
+    zoom = max(1, 64 // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = make_grid(pixels, columns or math.ceil(len(pixels) ** 0.5), padding=1)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())

@@ -1,7 +1,7 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 
-This file stands alone. Of the mathematics, it alone exchanges tensors with other ranks. The
-samplers are modules: .to(device) moves them, and what they have learned is their .state_dict().
+This file stands alone. The samplers are modules: .to(device) moves them, and what they have
+learned is their .state_dict(). No method lets the host wait for the device.
 """
 
 import torch
@@ -9,18 +9,16 @@ import torch.distributed as dist
 
 
 class UniformSampler(torch.nn.Module):
-    """Every t in 0 … T-1 equally likely; all weights are 1. T is the process's num_steps."""
+    """Every t in 0 … T-1 equally likely, with weight 1. T is the process's num_steps."""
 
     def __init__(self, T):
         super().__init__()
-        self.T = T
-        self.register_buffer("place", torch.empty(0), persistent=False)  # moved by .to()
+        self.register_buffer("p", torch.full((T,), 1 / T), persistent=False)
 
     def sample(self, n, generator=None):
         """Draw t (n,) int64 and weights (n,). The generator must be on the sampler's device."""
-        device = self.place.device
-        t = torch.randint(self.T, (n,), generator=generator, device=device)
-        return t, torch.ones(n, device=device)
+        t = torch.randint(len(self.p), (n,), generator=generator, device=self.p.device)
+        return t, torch.ones_like(t, dtype=torch.float32)
 
     def update(self, t, losses):
         """Learns nothing from the losses."""
@@ -29,17 +27,15 @@ class UniformSampler(torch.nn.Module):
 class ImportanceSampler(torch.nn.Module):
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
 
-    Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform (as in
-    the released code), so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased.
-
-    load_state_dict raises RuntimeError for the state of another T or history.
+    Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform, as in
+    the released code, so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased.
     """
 
     def __init__(self, T, history=10, uniform=0.001):
         super().__init__()
         self.T, self.history, self.uniform = T, history, uniform
         # For each t: its last losses (a ring buffer), and the number of losses that it ever had.
-        self.register_buffer("losses", torch.zeros(T, history, dtype=torch.float32))
+        self.register_buffer("losses", torch.zeros(T, history))
         self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))
 
     def probabilities(self):
@@ -56,11 +52,8 @@ class ImportanceSampler(torch.nn.Module):
         return t, 1 / (self.T * p[t])
 
     def update(self, t, losses):
-        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,).
-
-        All ranks must call, and each adds the losses of all. Losses not finite are left out. There
-        is no loop over the losses and no mask that selects some: either would make the host wait.
-        """
+        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks must
+        call, and each adds the losses of all. Losses that are not finite are left out."""
         t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
         t, finite = t.long(), losses.isfinite()
         same = (t[:, None] == t) & finite  # which losses belong to the same t
@@ -75,18 +68,17 @@ class ImportanceSampler(torch.nn.Module):
 T_SAMPLERS = {"uniform": UniformSampler, "importance": ImportanceSampler}
 
 
-def gather(values):
-    """The tensors of all ranks, of whatever lengths, one after the other -> one tensor."""
+def gather(rows):
+    """The rows of all ranks one after the other -> one tensor, the same on all. Ranks may differ
+    in their number of rows."""
     if not (dist.is_available() and dist.is_initialized()):
-        return values
+        return rows
     # Lengths go from CPU to CPU where they can, so that the host need not wait for the device.
-    host = "cpu" if "gloo" in str(dist.get_backend_config()) else values.device
-    length = torch.tensor([len(values)], device=host)
-    lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, length)
-    lengths = torch.cat(lengths).tolist()
-    padded = values.new_zeros(max(lengths), *values.shape[1:])
-    padded[: len(values)] = values
-    rows = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(rows, padded)
-    return torch.cat([row[:n] for row, n in zip(rows, lengths)])
+    host = "cpu" if "gloo" in str(dist.get_backend_config()) else rows.device
+    lengths = [torch.zeros(1, dtype=torch.int64, device=host) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(rows)], device=host))
+    padded = rows.new_zeros(max(map(int, lengths)), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    found = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(found, padded)
+    return torch.cat([each[: int(n)] for each, n in zip(found, lengths)])

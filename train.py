@@ -10,369 +10,245 @@
 The same command again resumes the run from its last checkpoint, on any number of ranks.
 """
 
+import argparse
 import contextlib
 import copy
+import functools
+import glob
 import hashlib
+import math
 import os
-import re
 import signal
 import sys
-import tempfile
 import time
-import warnings
-from argparse import ArgumentTypeError, Namespace
-from functools import lru_cache, partial
-from multiprocessing.pool import ThreadPool
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # MPS has no log_ndtr (for bits/dim)
 
-
-def on_stop(handle):
-    """Call handle on the signals that stop a program, except ignored ones (as under nohup)."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handle)
-
-
-on_stop(lambda number, _: sys.exit(128 + number))  # no traceback, even of the imports below
-
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from diffusion import FEW_STEPS_SAMPLER, SCHEDULES, Diffusion, few_steps, generator, randn
+from diffusion import (
+    SCHEDULES, Diffusion, estimate_bits_per_dim, few_steps, generator, randn_like, select_timesteps,
+)  # fmt: skip
 from model import (
-    DEVICES, DTYPES, RANK, SWITCH, TTY, WORLD, UNet, UNetConfig, agree, autocast, checksum,
-    draw_grid, first_line, flag, load_checkpoint, load_npz, one_rank_first, parse_flags,
-    pick_device, pick_dtype, progress_bar, read_checkpoint, read_picture, report, run_script,
-    save_checkpoint, say, some, spelt, to_pixels, within, write,
+    DEVICES, DTYPES, LOCAL_RANK, RANK, WORLD, UNet, UNetConfig, autocast, load_checkpoint,
+    make_picture, number, pick_device, pick_dtype, to_pixels,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
 
+# ---- Flags: the defaults are the paper's CIFAR-10 run; here is what differs for other data -------
 
-# ---- The flags ---------------------------------------------------------------------------------
-
-
-def list_of_numbers(text):
-    if not re.fullmatch("none|[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", text):
-        raise ArgumentTypeError(f"must be numbers like 1,2,2 or none, not {text}")
-    return () if text == "none" else tuple(map(int, text.split(",")))
-
-
-whole, share = within(1, 10**9), within(0, 1, float)
-wholes = dict(type=list_of_numbers, metavar="N,N")
-
-# Name, the paper's value on CIFAR-10 (of flip, Ho et al.'s), what argparse must know, meaning.
-FLAGS = {
-    "where (may change when a run is resumed)": [
-        ("data", "digits", dict(metavar="WHAT"), "digits, cifar10, a folder or X.npz; the defaults depend on it"),
-        ("out", None, dict(metavar="DIR"), "the run's directory (default: runs/ and the name of the data)"),
-        ("device", "auto", DEVICES, "where to compute"),
-        ("dtype", "auto", DTYPES, "precision of matrix products"),
-    ],
-    "images": [
-        ("image_size", 32, within(8, 4096), "pixels a side"),
-        ("class_cond", False, SWITCH, "learn the classes: subfolders, or the labels in X.npz"),
-        ("low_res", None, within(1, 2048), "train an upsampler from N pixels a side to --image-size"),
-        ("batch", 128, within(1, 10**6), "images in an update, of all ranks together"),
-        ("seed", 0, within(0, 2**32 - 1), "the seed of all randomness"),
-    ],
-    "process": [
-        ("schedule", "cosine", dict(choices=SCHEDULES), "the noise schedule"),
-        ("T", 4000, within(2, 10**5), "the number of timesteps"),
-        ("variance", "learned", dict(choices=("learned", "small", "large")), "the variance of a step, p(x_{t-1} | x_t)"),
-    ],
-    "network": [
-        ("channels", 128, within(1, 4096), "width at the full resolution"),
-        ("channel_mult", (1, 2, 2, 2), wholes, "channels of each resolution, in units of --channels"),
-        ("num_res_blocks", 3, within(1, 100), "blocks at each resolution"),
-        ("attention_resolutions", (16, 8), wholes, "resolutions with attention, or none; the middle always attends"),
-        ("num_heads", 4, within(1, 4096), "heads of attention"),
-    ],
-    "training": [
-        ("objective", "hybrid", dict(choices=("simple", "hybrid", "vlb")), "the loss"),
-        ("t_sampler", "uniform", dict(choices=T_SAMPLERS), "which t to train on"),
-        ("lr", 1e-4, share, "AdamW's learning rate"),
-        ("warmup", 0, within(0, 10**9), "updates in which the learning rate rises to --lr"),
-        ("ema", 0.9999, share, "final decay of the averaged weights"),
-        ("grad_clip", 0.0, within(0, 1e9, float), "scale larger gradients down to this norm; 0 for never"),
-        ("dropout", 0.3, within(0, 0.99, float), "the probability of dropout"),
-        ("label_dropout", 0.0, share, "share of images shown without a class, for --guidance"),
-        ("flip", True, SWITCH, "mirror images at random"),
-        ("init", None, dict(metavar="FILE|DIR"), "weights to start a new run from"),
-    ],
-    "pace (may change when a run is resumed)": [
-        ("steps", 500_000, whole, "updates in all"),
-        ("accum", 1, whole, "parts of the batch to compute in turn, to save memory"),
-        ("compile", False, SWITCH, "compile the network with torch.compile"),
-        ("log_every", 100, whole, "updates between rows of log.csv"),
-        ("sample_every", 10_000, within(0, 10**9), "updates between grids of samples; 0 for none"),
-        ("save_every", 1_000, whole, "updates between checkpoints"),
-    ],
-    "bits per dimension": [
-        ("eval_only", False, SWITCH, "measure --ckpt on images of --data; no training"),
-        ("ckpt", None, dict(metavar="FILE|DIR"), "the checkpoint to measure (default: the one in --out)"),
-        ("eval_images", 10_000, whole, "the most images to measure"),
-        ("eval_steps", None, whole, "measure the process in N of its steps (default: all)"),
-        ("eval_calls", 10, within(5, 10**6), "about so many network calls an image; from the number of steps on, every term is computed"),
-        ("spacing", 1.0, within(1, 10, float), "spacing of --eval-steps: 1 is even, 3 is denser near t = 0"),
-    ],
-}  # fmt: skip
-GROUPS = {title: {name for name, *_ in rows} for title, rows in FLAGS.items()}
-SHAPE = GROUPS["network"] | {"image_size", "low_res"}  # fixed by the weights
-PROCESS = ("schedule", "T", "variance", "time_scale")  # time_scale: other than None in OpenAI's
-
-# What differs for other data than CIFAR-10.
 DIGITS = dict(
-    image_size=16, class_cond=True, label_dropout=0.1, flip=False, T=1000, channels=32,
-    channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200,
-    batch=64, lr=2e-3, warmup=100, ema=0.995, grad_clip=1.0, log_every=40, sample_every=400,
-    save_every=200,
+    image_size=16, class_cond=True, label_dropout=0.1, T=1000, channels=32, channel_mult=(1, 2, 2),
+    num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200, batch=64, lr=2e-3,
+    warmup=100, ema=0.995, grad_clip=1.0, log_every=40, sample_every=400, save_every=200,
 )  # fmt: skip
-FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000)
+FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000, flip=True)
 PRESETS = {"digits": DIGITS, "cifar10": {}}
+MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4),
+         256: (1, 1, 2, 2, 4, 4)}  # channel_mult of an image size  # fmt: skip
+
+
+def numbers(text):
+    return () if text == "none" else tuple(map(number(int, 1), text.split(",")))
+
+
+positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
+switch = argparse.BooleanOptionalAction
+data_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+data_parser.add_argument("--data", default="digits", help="digits, cifar10, a folder or X.npz")
+parser = argparse.ArgumentParser(
+    parents=[data_parser], allow_abbrev=False, description=__doc__.splitlines()[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)  # fmt: skip
+add = parser.add_argument_group("images").add_argument
+add("--image-size", type=positive, default=32, help="pixels a side")
+add("--class-cond", action=switch, default=False, help="learn the classes: subfolders or labels")
+add("--low-res", type=positive, help="train an upsampler from so many pixels a side")
+add("--flip", action=switch, default=False, help="mirror half of the images")
+add("--batch", type=positive, default=128, help="images in an update, on all ranks together")
+add("--seed", type=natural, default=0, help="the seed of all randomness")
+add = parser.add_argument_group("process").add_argument
+add("--schedule", choices=SCHEDULES, default="cosine", help="the noise schedule")
+add("--T", type=positive, default=4000, help="the number of timesteps")
+add("--variance", choices=["learned", "small", "large"], default="learned", help="that of a step")
+add = parser.add_argument_group("network").add_argument
+add("--channels", type=positive, default=128, help="width at the full resolution")
+add("--channel-mult", type=numbers, help="multiples of it, as 1,2,2 (default: by the image size)")
+add("--num-res-blocks", type=positive, default=3, help="blocks at each resolution")
+add("--attention", type=numbers, dest="attention_resolutions", help="resolutions that attend, "
+    "as 16,8, or none; the middle always attends (default: those from 8 to 16)")  # fmt: skip
+add("--num-heads", type=positive, default=4, help="heads of attention")
+add("--dropout", type=share, default=0.3, help="probability of dropout")
+add = parser.add_argument_group("training").add_argument
+add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="the loss")
+add("--t-sampler", choices=T_SAMPLERS, default="uniform", help="which timesteps to train on")
+add("--lr", type=share, default=1e-4, help="AdamW's learning rate")
+add("--warmup", type=natural, default=0, help="updates in which the rate rises to --lr")
+add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
+add("--grad-clip", type=number(float, 0), default=0, help="the largest norm of a gradient; 0: any")
+add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
+add("--init", metavar="FILE", help="checkpoint whose averaged weights a new run begins with")
+add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
+add("--out", metavar="DIR", help="the run's directory (default: runs/ and the data's name)")
+add("--device", choices=DEVICES, default="auto", help="where to compute")
+add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products")
+add("--compile", action=switch, default=False, help="compile the network with torch.compile")
+add("--steps", type=positive, default=500_000, help="updates in all")
+add("--accum", type=positive, default=1, help="parts of a batch, computed in turn to save memory")
+add("--log-every", type=positive, default=100, help="updates between rows of log.csv")
+add("--sample-every", type=natural, default=10_000, help="updates between grids; 0: no grids")
+add("--save-every", type=positive, default=1_000, help="updates between checkpoints")
+add = parser.add_argument_group("bits per dimension").add_argument
+add("--eval-only", action="store_true", help="measure a checkpoint on images; no training")
+add("--ckpt", metavar="FILE", help="the checkpoint to measure (default: the one in --out)")
+add("--eval-images", type=positive, default=10_000, help="the most images to measure")
+add("--eval-steps", type=positive, help="steps of the process to measure (default: all)")
+add("--eval-calls", type=number(int, 4), default=10, help="calls of the network for each image")
+add("--spacing", type=number(float, 1), default=1.0, help="of --eval-steps; 3: denser near t = 0")
 
 
 # ---- Training ----------------------------------------------------------------------------------
 
+def train(args, network, process, ckpt, device, dtype):
+    """Train a network until args.steps updates are made.
 
-def train(config, state, network, device, dtype):
-    """Train a network (a UNetConfig) until config.steps updates are made.
-
-    state  the checkpoint of the run to resume, the weights to start from, or nothing: {}
+    network, process  UNetConfig's and Diffusion's arguments
+    ckpt              the checkpoint of the run to resume, the weights to begin with, or {}
     """
     # The data and the network.
-    images, labels, classes = load_data(config, network if "unet" in state else None)
-    network.num_classes, network.class_names = classes and len(classes), classes
-    network.label_dropout = config.label_dropout
-    torch.manual_seed(config.seed)
-    model = UNet(network).to(device)
+    images, labels, classes = load_data(args, ckpt.get("classes"))
+    network |= dict(num_classes=classes and len(classes))
+    torch.manual_seed(args.seed)
+    model = UNet(UNetConfig(**network)).to(device)
 
     # The process, and what trains the network. All that has a state goes into the checkpoint.
-    process = {name: getattr(config, name) for name in PROCESS}
     diffusion = Diffusion(**process).to(device)
-    few = Diffusion(**(process | few_steps(config.T, config.image_size))).to(device)  # for grids
-    t_sampler = T_SAMPLERS[config.t_sampler](config.T).to(device)
+    timesteps = few_steps(args.T, args.image_size, schedule=args.schedule)
+    few = Diffusion(**process, steps=timesteps).to(device)  # for grids
+    t_sampler = T_SAMPLERS[args.t_sampler](args.T).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    params, averages = list(model.parameters()), list(average.parameters())
-    optimizer = torch.optim.AdamW(params, config.lr, weight_decay=0.0, fused=True)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, args.lr, weight_decay=0.0, fused=True)
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
-    start, log = state.get("step", 0), Log(config, state, device)
     stateful = dict(model=model, ema=average, optimizer=optimizer, t_sampler=t_sampler)
     stateful |= {"scaler": scaler} if fp16 else {}
-    if start >= config.steps:
-        say(f"{config.out} has made {start} updates: give a larger --steps to make more")
-    elif start:
-        say(f"resuming {config.out} after update {start} of {config.steps}")
-    if (before := state.get("images", len(images))) != len(images):
-        now = f"now there are {len(images):,}"
-        say(f"ATTENTION: {config.out} was trained on {before:,} images; {now}")
-    for name in stateful.keys() & state.keys():
-        stateful[name].load_state_dict(state.pop(name))
-    about = dict(config=vars(config), unet=vars(network), diffusion=process, images=len(images))
-    net = torch.compile(model) if config.compile else model
+    for name in stateful.keys() & ckpt.keys():
+        stateful[name].load_state_dict(ckpt.pop(name))
+    about = dict(config=vars(args), unet=network, diffusion=process, classes=classes)
+    start, begin = ckpt.get("step", 0), time.monotonic() - ckpt.get("seconds", 0)
+    sums = ckpt.get("sums", torch.zeros(4)).to(device)  # loss, norm, updates taken and skipped
+    begin_log(args, start, len(images))
+    net = torch.compile(model) if args.compile else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-    ckpt, stop = os.path.join(config.out, "ckpt.pt"), catch_signals()
+    stop = catch_signals()
 
-    for step in range(start, config.steps):
+    for step in tqdm(range(start, args.steps), "updates", disable=RANK > 0 or None):
         # Learning rate and batch. All that is random follows from the seed and the step.
-        lr = config.lr * min(1, (step + 1) / max(config.warmup, 1))
+        lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
         optimizer.param_groups[0]["lr"] = lr
-        x0, y, t, weights, noise = load_batch(config, images, labels, t_sampler, step, device)
-        seed_dropout(config.seed, step)
+        x0, y, t, weights, noise = load_batch(args, images, labels, t_sampler, step, device)
+        seed_rank(args.seed, step)
 
         # Gradients, one part of the batch after the other.
-        losses = []
-        n = len(x0)
-        for k in range(config.accum):
-            part = slice(k * n // config.accum, (k + 1) * n // config.accum)
+        losses, n = [], len(x0)
+        for k in range(args.accum):
+            part = slice(k * n // args.accum, (k + 1) * n // args.accum)
             y_part = None if y is None else y[part]
-            net_part = give_low_res(net, x0[part], config.low_res)
+            net_part = give_low_res(net, x0[part], args.low_res)
             if WORLD > 1:  # the ranks exchange gradients only in the last part
                 net.require_backward_grad_sync = part.stop == n
             with autocast(device, dtype):
-                loss, vlb = diffusion.losses(
-                    net_part, x0[part], t[part], y_part, noise[part], config.objective
+                loss, _ = diffusion.losses(
+                    net_part, x0[part], t[part], y_part, noise[part], args.objective
                 )
             # The mean over the whole batch, once DDP has divided by the number of ranks.
-            scaler.scale(weights[part] @ loss * (WORLD / config.batch)).backward()
-            losses.append(torch.stack([loss.detach(), vlb]))
-        losses = torch.cat(losses, dim=1)  # (2, n): the loss and T·L_t of each image
+            scaler.scale(weights[part] @ loss * (WORLD / args.batch)).backward()
+            losses.append(loss.detach())
+        losses = torch.cat(losses)
 
         # The weights, their average, and which t to draw next. Unlike the paper's, the average's
         # decay rises to --ema (to 0.9999 by update 90,000), to forget the initial weights.
-        norm = update_weights(params, optimizer, scaler, config.grad_clip, fp16)
-        get_ema_multi_avg_fn(min(config.ema, (1 + step) / (10 + step)))(averages, params, None)
-        t_sampler.update(t, losses[0])
-        log.add(losses @ weights * (WORLD / config.batch), norm)
+        norm = update_weights(params, optimizer, scaler, args.grad_clip, fp16)
+        decay = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
+        decay(list(average.parameters()), params, None)
+        for mean, buffer in zip(average.buffers(), model.buffers()):
+            mean.copy_(buffer)
+        t_sampler.update(t, losses)
+        taken = norm.isfinite().float()
+        means = torch.stack([weights @ losses * (WORLD / args.batch), norm]).nan_to_num(0, 0, 0)
+        sums += torch.stack([*means * taken, taken, 1 - taken])
 
         # Now and then: a row of the log, a checkpoint, a grid of samples (in this order, so that a
         # grid that kills the run costs nothing).
-        done = step + 1
-        last = done == config.steps
+        done, last, seconds = step + 1, step + 1 == args.steps, time.monotonic() - begin
         stopping = 0 if last else int(gather(stop).max())  # on the CPU: no wait
-        if last or done % config.log_every == 0:
-            log.write_row(done, lr, diffusion.prior(x0).mean())
-        draws = config.sample_every and (last or done % config.sample_every == 0)
-        if last or stopping or draws or done % config.save_every == 0:
-            states = {name: each.state_dict() for name, each in stateful.items()} | log.state(done)
+        if last or done % args.log_every == 0:
+            bound = estimate_bound(args, model, diffusion, x0, y, dtype)
+            write_row(args, done, sums, bound, lr, seconds)
+        draws = args.sample_every and (last or done % args.sample_every == 0)
+        if last or stopping or draws or done % args.save_every == 0:
+            states = {name: each.state_dict() for name, each in stateful.items()}
+            states |= dict(step=done, sums=gather(sums[None]).mean(0), seconds=seconds)
             if RANK == 0:
-                save_checkpoint(ckpt, about | states)
+                torch.save(about | states, f"{args.out}/ckpt.pt.tmp")
+                os.replace(f"{args.out}/ckpt.pt.tmp", f"{args.out}/ckpt.pt")
         if RANK == 0 and draws and not stopping:
-            draw_samples(config, done, average, few, images, labels, device, dtype)
+            draw_samples(args, done, average, few, images, labels, dtype)
         if stopping:
             gather(stop)  # the other ranks wait until rank 0 has saved
-            say(f"saved {ckpt} after update {done} of {config.steps}")
-            raise SystemExit(128 + stopping)
-    report(ckpt)
+            print(f"saved {args.out}/ckpt.pt after update {done} of {args.steps}")
+            sys.exit(128 + stopping)
+    print(f"{args.out}/ckpt.pt")
 
 
 # ---- What the loop calls -----------------------------------------------------------------------
 
-
-def seed_dropout(seed, step):
-    """Seed torch's global generator, from which dropout alone draws: each rank on its own."""
-    torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
-
-
-def give_low_res(net, x0, size):
-    """The network; if it is an upsampler, with the small images, x0 averaged down to size."""
-    return partial(net, low_res=F.interpolate(x0, size, mode="area")) if size else net
-
-
-def update_weights(params, optimizer, scaler, grad_clip, fp16):
-    """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler (also
-    one of scale 1) makes the optimizer skip the step, on the device: the host need not wait."""
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)  # 1e30 only measures it
-    scaler.step(optimizer)
-    scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
-    optimizer.zero_grad()
-    return norm
-
-
-class Log:
-    """The rows of log.csv: means over the updates since the last row. bits_per_dim is from the
-    losses, which do not clip x0 (--eval-only does). The sums stay on the device, so that the host
-    waits for it only once a row."""
-
-    def __init__(self, config, state, device):
-        self.path, start = os.path.join(config.out, "log.csv"), state.get("step", 0)
-        self.begin = time.monotonic() - state.get("seconds", 0)
-        # Loss, bits/dim, norm, updates, skipped updates; and how many of those in a row.
-        self.sums = state.get("sums", torch.zeros(6)).to(device)
-        if RANK == 0:  # a killed run may have written rows after its last checkpoint
-            rows = open(self.path).readlines()[1:] if os.path.exists(self.path) else []
-            rows = [row for row in rows if re.fullmatch(r"\d+(\.\d+)?(,[^,\n]+){6}\n", row)]
-            rows = [row for row in rows if float(row.split(",")[0]) <= start]
-            text = "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n" + "".join(rows)
-            write(self.path, lambda file: file.write(text.encode()))
-        self.bar = tqdm(total=config.steps, initial=start, unit=" updates", disable=not TTY or RANK)
-
-    def add(self, means, norm):
-        """Count an update: its mean loss and bits/dim (2,), and the norm of its gradient."""
-        taken = norm.isfinite().float()
-        values = torch.stack([*means, norm]).nan_to_num(0, 0, 0) * taken
-        self.sums[:5] += torch.stack([*values, taken, 1 - taken])
-        self.sums[5] = (self.sums[5] + 1) * (1 - taken)
-        self.bar.update()
-
-    def write_row(self, step, lr, prior):
-        """Write the means since the last row; prior is the L_T that completes the bound. Raises
-        ValueError after 100 skipped updates in a row."""
-        loss, bits, norm, taken, skipped, in_a_row = gather(self.sums[None]).mean(0).tolist()
-        loss, bits, norm = (value / max(taken, 1) for value in (loss, bits, norm))
-        bits, seconds = bits + prior.item(), time.monotonic() - self.begin
-        left = tqdm.format_interval(seconds / step * (self.bar.total - step))
-        self.sums[:5].zero_()
-        if RANK == 0:
-            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}\n"
-            with open(self.path, "a") as file:
-                file.write(row)
-        say(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim, {seconds:.0f} s, {left} left")
-        if in_a_row >= 100:
-            found = f"no finite gradient in the last {in_a_row:.0f} updates"
-            raise ValueError(f"{found}: try a lower --lr, with another --out")
-
-    def state(self, step):
-        """What a checkpoint holds of the log. All ranks must call."""
-        sums = gather(self.sums[None]).mean(0)
-        return dict(step=step, sums=sums, seconds=time.monotonic() - self.begin)
-
-
 def catch_signals():
-    """-> a tensor that becomes the number of the first signal to stop; the second stops at once."""
+    """-> a tensor that becomes the number of a signal to stop. Sent again, it stops at once."""
     stop, first = torch.zeros(1, dtype=torch.int64), []
 
     def handle(number, frame):
-        if not first:
-            first.append(time.monotonic())
-            stop.fill_(number)
-            say("stopping after this update; send the signal again to stop at once")
-        elif time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
-            raise SystemExit(128 + number)
+        if first and time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        first.append(time.monotonic())
+        stop.fill_(number)
 
-    on_stop(handle)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as it is under nohup
+            signal.signal(getattr(signal, name), handle)
     return stop
 
 
-def draw_samples(config, step, average, diffusion, images, labels, device, dtype):
-    """Write a grid of samples. For an upsampler, each stands between its small image and the true
-    one. They are drawn in parts of the size that training uses. A failure does not end the run."""
-    path = os.path.join(config.out, "samples", f"{step:07}.png")
-    say(f"drawing {path}")
-    n, columns = (16, 12) if config.low_res else (64, 8)
-    tiles = []
-    try:
-        for part in torch.arange(n).split(config.batch // WORLD // config.accum):
-            x0, y = to_device(images, labels, part.numpy() % len(images), device)
-            if y is not None and not config.low_res:
-                y = part.to(device) % average.config.num_classes
-            generators = [generator(config.seed, i, device) for i in part.tolist()]
-            noise = randn(x0.shape[1:], generators)
-            net = give_low_res(average, x0, config.low_res)
-            with autocast(device, dtype):
-                x = diffusion.sample(net, noise, y, **FEW_STEPS_SAMPLER, generators=generators)
-            if config.low_res:
-                small = F.interpolate(x0, config.low_res, mode="area")
-                small = F.interpolate(small, config.image_size)
-                x = torch.stack([small, x, x0], dim=1).flatten(0, 1)
-            tiles.append(to_pixels(x))
-        grid = draw_grid(torch.cat(tiles), columns)
-        write(path, partial(grid.save, format="png"))
-    except (OSError, RuntimeError, MemoryError) as error:
-        say(f"no grid of samples at step {step}: {first_line(error)}")
-
-
-# ---- Data --------------------------------------------------------------------------------------
-
-
-def load_batch(config, images, labels, t_sampler, step, device):
-    """This rank's part of the batch of a step -> x0, y, t, weights, noise.
-
-    Each rank draws the randomness of the whole batch anew from (seed, step): neither the number of
-    ranks nor a restart changes the flip, t and noise of an image of the batch.
-    """
-    B, N = config.batch, len(images)
+def load_batch(args, images, labels, t_sampler, step, device):
+    """This rank's part of the batch of a step -> x0, y, t, weights, noise. Each rank draws the
+    randomness of the whole batch anew from (seed, step): neither the number of ranks nor a restart
+    changes the flip, t and noise of an image of the batch."""
+    B, N = args.batch, len(images)
     mine = slice(RANK * B // WORLD, (RANK + 1) * B // WORLD)
     places = range(step * B, step * B + B)[mine]  # in the endless sequence of epochs
-    rows = np.array([epoch_order(config.seed, p // N, N)[p % N] for p in places])
-    g = generator(config.seed, step, device)
+    rows = np.array([epoch_order(args.seed, p // N, N)[p % N] for p in places])
+    g = generator(args.seed, step, device)
     t, weights = t_sampler.sample(B, g)
     noise = torch.randn(B, *images.shape[1:], generator=g, device=device)[mine]
-    flip = torch.rand(B, 1, 1, 1, generator=g, device=device)[mine] < 0.5 * config.flip
-    drop = torch.rand(B, generator=g, device=device)[mine] < config.label_dropout
+    flip = torch.rand(B, 1, 1, 1, generator=g, device=device)[mine] < 0.5 * args.flip
+    drop = torch.rand(B, generator=g, device=device)[mine] < args.label_dropout
     x0, y = to_device(images, labels, rows, device)
     y = None if y is None else torch.where(drop, -1, y)  # -1: no class
     return torch.where(flip, x0.flip(3), x0), y, t[mine], weights[mine], noise
 
 
-@lru_cache(2)
+@functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=generator(seed, epoch, stream="order")).numpy()
 
@@ -389,69 +265,120 @@ def to_device(images, labels, rows, device):
     return move(images[rows]).float() / 127.5 - 1, None if labels is None else move(labels[rows])
 
 
-def load_data(config, network=None, held_out=False):
-    """-> uint8 images (N, 3, S, S), int64 labels (N,) or None, the names of class 0, 1, … or None.
+def seed_rank(seed, step):
+    """Seed torch's global generator, from which dropout and the terms of the bound are drawn."""
+    torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
 
-    Says what was found and what was left out. The classes are those of `network`, the UNetConfig of
-    a trained network, if it is given. Raises ValueError if the data do not fit.
-    """
-    size, notes, labels = config.image_size, "", None
-    if config.data == "digits":
-        seed = config.seed + (2**32 if held_out else 0)  # no run has the seed of held-out digits
-        images, names = draw_digits(20_000, size, seed)
-    elif config.data == "cifar10":
+
+def give_low_res(net, x0, size):
+    """The network; if it is an upsampler, with the small images, x0 averaged down to size."""
+    return functools.partial(net, low_res=F.interpolate(x0, size, mode="area")) if size else net
+
+
+def update_weights(params, optimizer, scaler, grad_clip, fp16):
+    """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler (also
+    one of scale 1) makes the optimizer skip the step, on the device: the host need not wait."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)  # inf: measure it only
+    scaler.step(optimizer)
+    scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
+    optimizer.zero_grad()
+    return norm
+
+
+def begin_log(args, start, n):
+    """Say where the run begins. Rows that a killed run wrote after its checkpoint are cut off."""
+    seen = gather(torch.tensor([[start, n]]))
+    if (seen != seen[0]).any():
+        sys.exit(f"ranks see other checkpoints or images: (update, images) {seen.tolist()}")
+    if RANK == 0:
+        print(f"{args.out}: update {start} of {args.steps}")
+        path, rows = os.path.join(args.out, "log.csv"), []
+        if start and os.path.exists(path):
+            rows = [row for row in open(path).readlines()[1:] if int(row.split(",")[0]) <= start]
+        with open(path, "w") as file:
+            file.writelines(["step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n", *rows])
+
+
+def estimate_bound(args, model, diffusion, x0, y, dtype):
+    """The bound of the network's own weights on 16 images, in bits per dimension (1,)."""
+    x0, y = (None if each is None else each[: max(1, 16 // WORLD)] for each in (x0, y))
+    model.eval()
+    with autocast(x0.device, dtype):
+        net = give_low_res(model, x0, args.low_res)
+        total = estimate_bits_per_dim(diffusion, net, x0, y, calls=8)[0]
+    model.train()
+    return gather(total).mean()
+
+
+def write_row(args, step, sums, bound, lr, seconds):
+    """Write and print the means since the last row. Here alone the host waits for the device.
+    Raises FloatingPointError if no update since the last row had a finite gradient."""
+    loss, norm, taken, skipped = gather(sums[None]).mean(0).tolist()
+    sums.zero_()
+    per_update = 1 / taken if taken else math.nan
+    loss, norm, bits = loss * per_update, norm * per_update, bound.item() if taken else math.nan
+    if RANK == 0:
+        with open(os.path.join(args.out, "log.csv"), "a") as file:
+            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}\n"
+            file.write(row)
+    left = tqdm.format_interval(seconds / step * (args.steps - step))
+    skips = f", {skipped:.0f} updates skipped" if skipped else ""
+    tqdm.write(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim{skips}, {left} left")
+    if not taken:
+        raise FloatingPointError("no gradient was finite: try a lower --lr, with another --out")
+
+
+def draw_samples(args, step, average, diffusion, images, labels, dtype):
+    """Write a grid of samples. For an upsampler, each stands between its small image and the true
+    one. They are drawn in parts of the size that training uses."""
+    device, tiles = diffusion.alphas_bar.device, []
+    n, columns = (16, 12) if args.low_res else (64, 8)
+    for part in torch.arange(n).split(args.batch // WORLD // args.accum):
+        x0, y = to_device(images, labels, part.numpy() % len(images), device)
+        if y is not None and not args.low_res:
+            y = part.to(device) % average.config.num_classes
+        generators = [generator(args.seed, i, device) for i in part.tolist()]
+        net = give_low_res(average, x0, args.low_res)
+        with autocast(device, dtype):
+            noise = randn_like(x0, generators)
+            x = diffusion.sample(net, noise, y, "dpm++", generators=generators)
+        if args.low_res:
+            small = F.interpolate(x0, args.low_res, mode="area")
+            x = torch.stack([F.interpolate(small, args.image_size), x, x0], dim=1).flatten(0, 1)
+        tiles.append(to_pixels(x, range(len(x))))
+    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    make_picture(torch.cat(tiles), columns).save(f"{args.out}/samples/{step:07}.png")
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+def load_data(args, known=None, held_out=False):
+    """-> uint8 images (N, 3, S, S), int64 labels (N,) or None, the names of the classes or None.
+    known: the names of a trained network's classes, by which those of the images are matched."""
+    if LOCAL_RANK > 0:
+        gather(torch.zeros(1))  # the first rank of each machine draws, downloads or decodes alone
+    if args.data == "digits":
+        images, names = draw_digits(20_000, args.image_size, args.seed + held_out * 2**32)
+    elif args.data == "cifar10":
         images, names = load_cifar10(held_out)
-    elif config.data.lower().endswith(".npz"):
-        images, names = load_npz(config.data)
-        notes = "; the labels are for --class-cond" if names and not config.class_cond else ""
     else:
-        images, names, notes = load_folder(config.data, size, config)
-    if images.shape[2:] != (size, size):
-        found = f"--data {config.data} has {images.shape[-1]} pixels a side"
-        raise ValueError(f"{found}, and --image-size is {size}")
-    found, classes = f"{len(images):,} images", None
-    if config.class_cond:
-        if names is None:
-            raise ValueError(f"--class-cond: {config.data} has no labels")
-        names = [printable(name) for name in names]
-        present = set(names)
-        classes = number_classes(present, network, config.data)
-        number = {name: k for k, name in enumerate(classes)}
-        labels = np.array([number[name] for name in names])
-        found += f" in {len(present)} classes: {some([f'{c} ({k})' for c, k in number.items()])}"
-        if absent := [name for name in classes if name not in present]:
-            found += f"; no images of {some(absent)}"
-    say(found + notes)
-    agree(len(images), f"images in {config.data}: wait until it is complete, then start again")
-    return images, labels, classes
-
-
-def number_classes(found, network, data):
-    """The names of class 0, 1, …: the network's, or those found, in natural order (2 before 10)."""
-    if network is None:
-        return tuple(sorted(found, key=natural))
-    # OpenAI's files and our older ones hold no class names: their classes are numbered in plain
-    # order. In an .npz file without names, the labels are such numbers already.
-    known, numbers = network.num_classes, tuple(map(str, range(network.num_classes)))
-    numbered = data.lower().endswith(".npz") and found <= set(numbers)
-    names = network.class_names or (numbers if numbered else tuple(sorted(found)))
-    if len(names) != known:
-        raise ValueError(f"--data {data} has {len(names)} classes, the network has {known}")
-    if unknown := sorted(found - set(names)):
-        raise ValueError(f"--data {data} has a class {unknown[0]}; the network's are {some(names)}")
-    return names
-
-
-def natural(name):
-    """A key for sorting by the numbers in names: text and numbers take turns."""
-    parts = enumerate(re.split("([0-9]+)", name))
-    return [int(part) if k % 2 else part for k, part in parts], name
-
-
-@lru_cache(2**16)
-def printable(name):
-    """A file's name in one line: characters that cannot be printed are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+        load = load_npz if args.data.endswith(".npz") else load_folder
+        images, names = load(args.data, args.image_size)
+    if LOCAL_RANK == 0:
+        gather(torch.zeros(1))
+    if not args.class_cond:
+        print(f"{args.data}: {len(images):,} images")
+        return images, None, None
+    if names is None or "" in names:
+        parser.error(f"--class-cond: not all images of {args.data} have a class")
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    classes = known or sorted(set(names))
+    if unknown := sorted(set(names) - set(classes)):
+        parser.error(f"{args.data}: class {unknown[0]} is none of the network's: {classes[:20]}")
+    print(f"{args.data}: {len(images):,} images in {len(set(names))} classes:", *classes[:10])
+    index = {name: k for k, name in enumerate(classes)}
+    return images, np.array([index[name] for name in names]), classes
 
 
 def draw_digits(n, size, seed):
@@ -473,360 +400,279 @@ def draw_digits(n, size, seed):
 
 def load_cifar10(held_out):
     """The training or the test images of CIFAR-10, and the name of the class of each."""
-    from torchvision.datasets import CIFAR10  # here, as this import takes longer than torch's
+    from torchvision.datasets import CIFAR10  # here, since this import takes seconds
 
     try:
-        with one_rank_first(), contextlib.redirect_stdout(sys.stderr):
-            data = CIFAR10("data", train=not held_out, download=True)
+        data = CIFAR10("data", train=not held_out, download=True)
     except (OSError, RuntimeError) as error:
-        file = f"cifar-10-python.tar.gz, from {CIFAR10.url},"
-        raise OSError(f"no CIFAR-10 ({error}): put {file} into data/") from error
+        sys.exit(f"no CIFAR-10 ({error}): put {CIFAR10.filename}, from {CIFAR10.url}, into data/")
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
 
-def load_folder(root, size, config):
-    """All images below root -> memory-mapped (N, 3, size, size), the class of each, notes. They are
-    decoded once, into data/cache, and again if a file was added, removed or changed."""
-    os.makedirs("data/cache", exist_ok=True)
-    ours = ["data/cache", config.out, os.path.join(config.out, "samples")]
-    listing, folders, left_out, others = list_images(root, leave_out=ours)
-    paths = [path for path, *_ in listing]
-    if config.class_cond and (loose := [path for path in paths if os.sep not in path]):
-        raise ValueError(f"{loose[0]} in {root} is in no subfolder and so has no class")
-    key = hashlib.sha256(repr((os.path.realpath(root), size, listing)).encode()).hexdigest()[:16]
-    cache = f"data/cache/{os.path.basename(os.path.abspath(root))[:40]}-{size}-{key}"
-    with one_rank_first(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of damage that costs no pixel
-        good, broken = decode(root, size, paths, cache)
-    notes = ""
-    if bad := sorted((left_out | broken).items()):
-        named = some([f"{printable(path)} ({why})" for path, why in bad], 5)
-        notes += f"; {len(bad)} left out: {named}"
-    if others:
-        notes += f"; {len(others)} not looked at ({some(sorted(set(others)), 5)})"
-    names = [path.split(os.sep)[0] for path in good]
-    if config.class_cond and (empty := sorted(folders - set(names) - set(left_out))):
-        notes += f"; no images in {some([printable(name) for name in empty])}"
+@functools.lru_cache(1)
+def load_npz(path, size=None):
+    """The images of an .npz file and the name of the class of each, or None. It holds arr_0 or
+    images, uint8 (N, S, S, 3), and maybe arr_1 or labels (N,), names or indices of class_names."""
+    with np.load(path) as file:
+        images = file.get("images", file.get("arr_0"))
+        labels, names = file.get("labels", file.get("arr_1")), file.get("class_names")
+    wrong = images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
+    if wrong or not len(images) or len({size or images.shape[1], *images.shape[1:3]}) > 1:
+        parser.error(f"--data {path}: needs arr_0 or images, uint8 (N, S, S, 3), S = --image-size")
+    if labels is not None and labels.shape != images.shape[:1]:
+        parser.error(f"--data {path}: there are labels {labels.shape} for {len(images)} images")
+    labels = labels if names is None or labels is None else names[labels]
+    return images.transpose(0, 3, 1, 2), None if labels is None else labels.astype(str).tolist()
+
+
+def load_folder(root, size):
+    """All pictures below root -> memory-mapped (N, 3, size, size), and the class of each: the name
+    of its subfolder, or "". They are decoded once, into one file of data/cache, whose end says
+    which of the listing it holds. Files that cannot be read are tried again at each start."""
+    listing, others = list_pictures(root)
+    paths, place = [path for path, *_ in listing], os.path.realpath(root)
+    key = [hashlib.sha256(repr(each).encode()).hexdigest()[:12] for each in (place, listing)]
+    stem = f"data/cache/{os.path.basename(place)[:40]}-{size}-{key[0]}-"
+    cache, read = stem + key[1], functools.partial(read_picture, root, size)
+
+    def numbers_at_the_end():
+        n = os.path.getsize(cache) // (3 * size * size + 4)
+        return np.fromfile(cache, np.int32, offset=n * 3 * size * size)
+
+    lost = set(range(len(paths))) - set(numbers_at_the_end()) if os.path.exists(cache) else set()
+    if not os.path.exists(cache) or any(read(paths[i]) is not None for i in sorted(lost)):
+        decode(paths, read, cache)
+        for old in set(glob.glob(glob.escape(stem) + "*")) - {cache}:
+            if not old.endswith(".tmp") or time.time() - os.path.getmtime(old) > 86_400:
+                os.remove(old)  # of a listing that has changed, or of a killed decoding
+    good = numbers_at_the_end()
+    images = np.memmap(cache, np.uint8, "c", shape=(len(good), 3, size, size))  # "c": not shared
+    left_out = f"{len(paths) - len(good)} pictures could not be read"
+    print(f"{root}: {left_out}, {others} other files were left out")
+    return images, [os.path.dirname(paths[i]).split(os.sep)[0] for i in good]
+
+
+def decode(paths, read, cache):
+    """Write a cache: the pictures that can be read, then their numbers, int32."""
+    good, tmp = [], f"{cache}.{os.getpid()}.tmp"
+    os.makedirs(os.path.dirname(cache), exist_ok=True)
+    with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
+            for i, picture in enumerate(pool.map(read, paths[start : start + 256]), start):
+                if picture is not None:
+                    file.write(picture.tobytes())
+                    good.append(i)
+        file.write(np.array(good, np.int32).tobytes())
     if not good:
-        raise ValueError(f"--data {root}: no readable image there{notes}")
-    images = np.memmap(f"{cache}.u8", np.uint8, "r", shape=(len(good), 3, size, size))
-    return images, names, notes
+        os.remove(tmp)
+        sys.exit(f"--data: of {len(paths)} pictures, none could be read")
+    os.replace(tmp, cache)
 
 
-def decode(root, size, paths, cache):
-    """Decode images into the file cache.u8 -> the paths that were read, {path: reason} of others.
-
-    cache.npy lists the paths. If both are there, only what could not be read is tried again.
-    """
-    read = partial(read_image, root, size)
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        good = np.load(f"{cache}.npy").tolist()
-        broken = {path: read(path) for path in sorted(set(paths) - set(good))}
-        complete = good and os.path.getsize(f"{cache}.u8") == len(good) * 3 * size * size
-        if complete and all(isinstance(reason, str) for reason in broken.values()):
-            return good, broken
-    good, broken = [], {}
-    with tempfile.TemporaryDirectory(dir="data/cache", suffix=".tmp") as work:
-        with open(f"{work}/images", "wb") as file, ThreadPool() as pool:
-            bar = progress_bar(pool.imap(read, paths), f"reading {root}", len(paths))
-            for path, image in zip(paths, bar):
-                if isinstance(image, str):
-                    broken[path] = image
-                else:
-                    file.write(image.tobytes())
-                    good.append(path)
-            file.flush()
-            os.fsync(file.fileno())
-        np.save(f"{work}/paths.npy", good)
-        with contextlib.suppress(FileNotFoundError):  # else a kill may leave a wrong list
-            os.remove(f"{cache}.npy")
-        os.replace(f"{work}/images", f"{cache}.u8")
-        os.replace(f"{work}/paths.npy", f"{cache}.npy")
-    return good, broken
+NO_CLASSES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
 
 
-def list_images(root, leave_out):
-    """What lies below root, links followed -> [(path, size, times)] of the images, the folders in
-    root, {path: reason} of what was left out, the suffixes of files that Pillow does not open.
-
-    Not entered are hidden names, the folders in leave_out, other runs, links that lead back to a
-    folder which contains them, and any folder of a class for a second time.
-    """
-    suffixes = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
-    suffixes.add(".mpo")  # which Pillow opens as a JPEG
-    listing, left_out, others, entered = [], {}, [], set()
-    leave_out = {os.path.realpath(path) for path in leave_out}
-    outer = os.path.join(os.path.realpath(root), "")
-
-    def enter(inside):
-        real = os.path.realpath(os.path.join(root, inside))
-        place = inside.split(os.sep)[0], real  # two classes may link to one folder
-        leads_back = inside and outer.startswith(os.path.join(real, ""))
-        if leads_back or place in entered or (inside and real in leave_out):
-            return
-        entered.add(place)
-        if inside and os.path.exists(os.path.join(real, "ckpt.pt")):
-            left_out[inside] = "a run"
-            return
-        for entry in os.scandir(os.path.join(root, inside)):
-            path = os.path.join(inside, entry.name)
-            if entry.name[0] == ".":
-                continue
-            try:
-                info, suffix = entry.stat(), os.path.splitext(path)[1].lower()
-                if entry.is_dir():
-                    enter(path)
-                elif suffix not in suffixes:
-                    others.append(printable(suffix) or "no suffix")
-                elif entry.is_file():
-                    listing.append((path, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-                else:
-                    left_out[path] = "not a regular file"
-            except OSError as error:
-                left_out[path] = error.strerror
-
-    enter("")
-    return sorted(listing), {name for name, _ in entered if name}, left_out, others
+def list_pictures(root):
+    """[(path below root, size, time)] of all pictures, and the number of other files. Links are
+    followed. Hidden names, runs, folders of file servers, folders above root and those already seen
+    in the same class are not entered."""
+    known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".mpo"}
+    listing, others, seen = [], 0, set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        inside, real = os.path.relpath(folder, root), os.path.realpath(folder)
+        above = os.path.join(os.path.realpath(root), "").startswith(os.path.join(real, ""))
+        place = inside.split(os.sep)[0], real
+        if inside != "." and (above or place in seen or "ckpt.pt" in files):
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if name[0] != "." and name not in NO_CLASSES]
+        for path in (os.path.join(folder, name) for name in files if name[0] != "."):
+            if os.path.splitext(path)[1].lower() in known and os.path.isfile(path):
+                info = os.stat(path)
+                listing.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns))
+            else:
+                others += 1
+    return sorted(listing), others
 
 
-def read_image(root, size, path):
-    """The centre square of an image file as uint8 (3, size, size), or why there is none: a str."""
-    path = os.path.join(root, path)
+Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large pictures are wanted
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+
+
+def read_picture(root, size, path):
+    """The centre square of a picture, upright, on white -> uint8 (3, size, size), or None."""
     try:
-        image = ImageOps.fit(read_picture(path, size), (size, size), Image.Resampling.BICUBIC)
-    except ValueError as error:
-        return str(error).removeprefix(f"{path}: ")
-    return np.asarray(image).transpose(2, 0, 1)
+        with Image.open(os.path.join(root, path)) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
+            image.load()
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            raise ValueError("32 bits a pixel, whose range is not known")
+        key = image.info.get("transparency")
+        with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            grey = np.asarray(image)
+            grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
+            image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        return np.asarray(image).transpose(2, 0, 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow has one for every way in which a file can be broken
+        print(f"left out {path}: {error}")
 
 
 # ---- Bits per dimension ------------------------------------------------------------------------
 
-
-def evaluate(config, model, device, dtype):
-    """Print a network's bound on the images of --data, and write the mean of each L_t.
-
-    Of digits and cifar10, these are images that no run trains on. The ranks share the images.
-    Unless every term is computed, two independent estimates of each image's bound are made: their
-    difference shows the error due to the timesteps and the noise.
-    """
-    process = {name: getattr(config, name) for name in PROCESS}
-    diffusion = Diffusion(**process, steps=config.eval_steps, spacing=config.spacing).to(device)
-    agree(checksum(model), f"weights in {config.ckpt}: the file has changed, start again")
-    images, labels, _ = load_data(config, model.config, held_out=True)
-    rows = epoch_order(config.seed, 0, len(images))[: config.eval_images]
+@torch.no_grad()
+def evaluate(args, model, process, classes, device, dtype):
+    """Print a network's bound on the images of --data, and write the mean of each L_t. Of digits and
+    cifar10, these are images that no run trains on. Unless every term is computed, each image's
+    bound is estimated twice: the difference shows the error due to timesteps and noise."""
+    steps = args.eval_steps and select_timesteps(args.eval_steps, args.T - 1, args.spacing)
+    diffusion = Diffusion(**process, steps=steps).to(device)
+    images, labels, classes = load_data(args, classes, held_out=True)
+    if classes and len(classes) != model.config.num_classes:
+        parser.error(f"{len(classes)} classes; the network has {model.config.num_classes}")
+    rows = epoch_order(args.seed, 0, len(images))[: args.eval_images]
     n, mine = len(rows), rows[RANK::WORLD]
-    model.to(device)
-    torch.manual_seed(generator(config.seed, RANK).initial_seed())  # each rank has its own noise
-    exact = config.eval_calls >= diffusion.num_steps
-    if not exact:  # two estimates of 1 + calls, and a pilot of about one call for each image
-        calls, points = (config.eval_calls - 3) // 2, 32
-        pilots = rows[: min(max(1, n // WORLD // points), config.batch)]
-        x0, y = to_device(images, labels, pilots, device)
-        with autocast(device, dtype):  # p is how often to draw each t
-            p = diffusion.pilot(give_low_res(model, x0, config.low_res), x0, y, points)
+    seed_rank(args.seed, 0)  # each rank has its own noise
+    exact, calls = args.eval_calls >= diffusion.num_steps, args.eval_calls // 2 - 1
 
-    # For each image the bound, half the difference of the estimates, and the prior. For each t the
+    # For each image the bound, half the difference of two estimates, and the prior. For each t the
     # sum of all L_t, and their number.
     bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
-    bar = progress_bar(range(0, len(mine), config.batch), "bits/dim")
-    for start in bar:
-        x0, y = to_device(images, labels, mine[start : start + config.batch], device)
-        net = give_low_res(model, x0, config.low_res)
+    for start in tqdm(range(0, len(mine), args.batch), "bits/dim", disable=RANK > 0 or None):
+        x0, y = to_device(images, labels, mine[start : start + args.batch], device)
+        net = give_low_res(model, x0, args.low_res)
         with autocast(device, dtype):
             if exact:
-                terms, prior = diffusion.bits_per_dim(net, x0, y, progress=TTY and RANK == 0)
+                terms, prior = diffusion.bits_per_dim(net, x0, y)
                 total = other = terms.sum(1) + prior
             else:
-                total, terms, prior = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
-                other, more, _ = diffusion.estimate_bits_per_dim(net, x0, p, calls, y)
+                total, terms, prior = estimate_bits_per_dim(diffusion, net, x0, y, calls)
+                other, more, _ = estimate_bits_per_dim(diffusion, net, x0, y, calls)
                 terms = torch.cat([terms, more])
         bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
-        bar.set_postfix_str(f"{torch.cat(bounds)[:, 0].mean():.3f}", refresh=False)
     bound, half, prior = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
+    if not bound.isfinite().all():
+        raise FloatingPointError(f"the bound of {(~bound.isfinite()).sum()} images is not finite")
 
     # The mean bound and its standard errors, its parts, and a file of its terms.
     errors = "every term computed" if exact else f"± {half.norm() / n:.4f} (timesteps and noise)"
     if n > 1:
         errors += f", ± {bound.std() / n**0.5:.4f} (including the choice of images)"
-    else:
-        errors += ", one image gives no error for the choice of images"
-    report(f"bits/dim {bound.mean():.4f} on {n} images, {errors}")
-    L_t = sums / draws
+    print(f"bits/dim {bound.mean():.4f} on {n} images, {errors}")
+    L_t, t = sums / draws, draws.nonzero().flatten()
     kls = (bound - prior).mean() - L_t[0]
-    report(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
-    t = draws.nonzero().flatten()
-    table, head = torch.stack([t, L_t[t], draws[t]], 1).numpy(), "t,bits_per_dim,draws"
-    run = config.ckpt if os.path.isdir(config.ckpt) else os.path.dirname(config.ckpt)
-    path = os.path.join(run, "terms.csv")
-    try:
-        if RANK == 0:
-            write(path, partial(np.savetxt, X=table, fmt="%d,%.6g,%d", header=head, comments=""))
-        say(f"wrote {path}")
-    except OSError as error:  # beside a checkpoint that others own, say
-        say(str(error))
+    print(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
+    if RANK == 0:
+        folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+        table, path = torch.stack([t, L_t[t], draws[t]], 1), os.path.join(folder, "terms.csv")
+        np.savetxt(path, table, "%d,%.6g,%d", header="t,bits_per_dim,draws", comments="")
+        print(f"wrote {path}")
 
 
 # ---- From the command line to the run ----------------------------------------------------------
 
-MEASURE = GROUPS["bits per dimension"]
-PACE = GROUPS["pace (may change when a run is resumed)"]
-MAY_CHANGE = MEASURE | PACE | GROUPS["where (may change when a run is resumed)"]
-NOT_MEASURED = PACE | GROUPS["training"]  # what --eval-only has no use for
-OLDER = dict(label_dropout=0.0, low_res=None)  # of runs that are older than these flags
-# channel_mult of a folder's image size; 64 is the paper's ImageNet-64 network.
-MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4),
-         256: (1, 1, 2, 2, 4, 4)}  # fmt: skip
+PROCESS = {"schedule", "T", "variance"}
+SHAPE = {"image_size", "low_res", "class_cond", "channels", "channel_mult", "num_res_blocks",
+         "attention_resolutions", "num_heads"}  # fmt: skip
+EVAL = {"ckpt", "eval_images", "eval_steps", "eval_calls", "spacing"}
+MAY_CHANGE = EVAL | {"data", "out", "init", "device", "dtype", "compile", "steps", "accum",
+                     "log_every", "sample_every", "save_every", "eval_only"}  # fmt: skip
 
 
-def configure(argv):
-    """-> the configuration (a Namespace), the dict of the checkpoint to start from or {}, and the
-    network of --ckpt or --init, or None. Raises ValueError for flags that contradict each other or
-    the run."""
-    usage = "[torchrun] train.py [--data digits|cifar10|DIR|X.npz] [flags]"
-    given, preset = parse_flags(usage, FLAGS, argv, preset_of)
-    name = os.path.basename(os.path.abspath(given.get("data", "digits"))).removesuffix(".npz")
-    out = given.get("out", os.path.join("runs", name))
-    ckpt = os.path.join(out, "ckpt.pt")
+def parse_args(argv):
+    """The flags, and the checkpoint to resume, to measure or to begin with ({}: none). The paper's
+    values give way to those of --data, these to those of the checkpoint, and these to what is
+    typed, which must not contradict what the checkpoint fixes."""
+    data = data_parser.parse_known_args(argv)[0].data
+    parser.set_defaults(**PRESETS.get(data, FOLDER))
+    args = parser.parse_args(argv)
+    name = os.path.basename(os.path.realpath(data)).removesuffix(".npz")
+    out = args.out or os.path.join("runs", name)
+    resumes = os.path.exists(os.path.join(out, "ckpt.pt")) and not args.eval_only
+    source = (args.ckpt or out) if args.eval_only else out if resumes else args.init
+    ckpt, fixed = {}, set()
+    if source:
+        try:
+            ckpt = load_checkpoint(source)[1]
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        held = vars(UNetConfig(**ckpt["unet"])) | dict(variance="learned") | ckpt["diffusion"]
+        held |= dict(class_cond=held["num_classes"] is not None)
+        held = ckpt["config"] if resumes else {key: held[key] for key in SHAPE | PROCESS}
+        fixed = held.keys() - MAY_CHANGE if resumes else SHAPE | {"schedule", "T"}
+        parser.set_defaults(**held | dict(data=ckpt["config"].get("data")))
+        if not resumes and not args.eval_only:  # --init: the averaged weights are all that is taken
+            ckpt = dict(unet=ckpt["unet"], diffusion=ckpt["diffusion"], classes=ckpt["classes"],
+                        model=ckpt["ema"], ema=ckpt["ema"])  # fmt: skip
+    elif data.endswith(".npz") and os.path.exists(data):
+        parser.set_defaults(image_size=load_npz(data)[0].shape[-1])
+    args = parser.parse_args(argv)
+    args.out, args.ckpt = out, source if args.eval_only else None
+    for key in sorted(fixed):
+        if vars(args)[key] != held[key]:
+            flag = f"--{key.removesuffix('_resolutions').replace('_', '-')} {vars(args)[key]}"
+            parser.error(f"{flag}: {source} has {held[key]}; leave it out, or give another --out")
 
-    # run: values that the run to resume, or a checkpoint, stores. fixed: those no flag may change.
-    run, fixed, state, model = {}, set(), {}, None
-    source = given.get("ckpt", ckpt) if given.get("eval_only") else given.get("init")
-    if os.path.exists(ckpt) and not given.get("eval_only"):
-        state = read_checkpoint(ckpt)
-        if not isinstance(state.get("config"), dict):
-            raise ValueError(f"{ckpt} holds weights, but no run to resume: take another --out")
-        run, fixed = OLDER | state["config"], preset.keys() - MAY_CHANGE
-        whose, data, old = f"the run in {out}", given.get("data", run["data"]), run["data"]
-        if where(data) != where(old):
-            if "out" not in given and (old in PRESETS or os.path.exists(old)):
-                raise ValueError(f"--data {data}, but {whose} has {old}: give another --out")
-            say(f"{whose} had the data {old}; now it has {data}")
-    elif source:
-        plain = {name: given.get(name) for name in ("schedule", "T", "num_heads")}
-        model, process = load_checkpoint(source, **plain)
-        run = process | {name: getattr(model.config, name) for name in SHAPE}
-        run["class_cond"] = model.config.num_classes is not None
-        fixed, whose = SHAPE | {"class_cond"}, source
-        if given.get("eval_only"):
-            stored = read_checkpoint(source)
-            if "data" not in given and "format" not in stored:
-                raise ValueError(f"{source} does not say its data: give --data")
-            run["data"] = stored.get("config", {}).get("data", "digits")
-            if "data" not in given and run["data"] not in PRESETS:
-                say(f"measuring on the training images, {run['data']}: give --data to use others")
-        else:
-            values = model.state_dict()
-            state = dict(unet=vars(model.config), model=values, ema=values)
-
-    for name in sorted(given.keys() & fixed):
-        if given[name] != (held := run.get(name, preset[name])):
-            wrong = f"{flag(name)} {spelt(given[name])}: {whose} has {spelt(held)}"
-            raise ValueError(f"{wrong}; leave the flag out, or give another --out or checkpoint")
-    run |= {"ckpt": ckpt, "out": out}  # where the run is, not where it was
-    config = Namespace(**(preset | {"time_scale": None} | run | given))
-    config.label_dropout *= config.class_cond
-    if model and config.variance == "learned" and model.config.out_channels == 3:
-        raise ValueError(f"--variance learned: {whose} predicts no variance")
-    check(config, given)
-    return config, state, model
-
-
-def where(data):
-    """What tells one --data from another: a folder is the same however its path is written."""
-    return data if data in PRESETS else os.path.realpath(data)
-
-
-def preset_of(given):
-    """The values that --data sets instead of the paper's. Adds a slash to a folder in `given`."""
-    data = given.get("data", "digits")
-    preset = PRESETS.get(data, FOLDER)
-    size = preset.get("image_size", 32)
-    if data.lower().endswith(".npz"):
-        size = load_npz(data)[0].shape[-1]
-    elif data not in PRESETS:
-        given["data"] = os.path.join(os.path.normpath(data), "")  # ./cifar10 is not the data set
-    size = given.get("image_size", size)
-    mult = given.get("channel_mult", preset.get("channel_mult", MULTS.get(size, MULTS[64])))
-    sizes = [size >> level for level in range(len(mult))]
-    usual = [side for side in preset.get("attention_resolutions", (16, 8)) if side in sizes]
-    attention = tuple(usual or [side for side in sizes if 8 <= side <= 16])
-    return preset | dict(image_size=size, channel_mult=mult, attention_resolutions=attention)
-
-
-def check(config, given):
-    """Refuse flags that contradict each other, and say which have no effect, before images are
-    drawn or decoded."""
-    if not config.eval_only and (unused := given.keys() & MEASURE - {"eval_only"}):
-        raise ValueError(f"{flag(min(unused))} is for --eval-only")
-    if config.eval_only and (unused := sorted(given.keys() & NOT_MEASURED)):
-        say(f"--eval-only has no use for {', '.join(map(flag, unused))}")
-    if config.eval_steps and config.eval_steps > config.T:
-        raise ValueError(f"--eval-steps {config.eval_steps}: the process has T = {config.T}")
-    if config.data == "cifar10" and config.image_size != 32:
-        raise ValueError(f"cifar10 has 32 pixels a side, not --image-size {config.image_size}")
-    if config.objective == "hybrid" and config.variance != "learned" and not config.eval_only:
-        needs = f"--variance {config.variance} needs --objective simple or vlb"
-        raise ValueError(f"--objective hybrid, the default, trains a variance: {needs}")
-    if config.batch < WORLD * config.accum and not config.eval_only:
-        raise ValueError(f"--batch {config.batch} is below --accum {config.accum} × {WORLD} ranks")
-    if config.objective == "simple" and config.variance == "learned" and not config.eval_only:
-        say("--objective simple trains no variance: take --variance large or small")
-    if given.get("label_dropout") and not config.class_cond:
-        raise ValueError("--label-dropout needs --class-cond")
-
-
-def shape_network(config, state, device):
-    """The UNetConfig of a run. Raises ValueError for a wrong shape, before any image is read."""
-    shape = {name: getattr(config, name) for name in SHAPE}
-    shape["out_channels"] = 6 if config.variance == "learned" else 3
-    network = UNetConfig(**(shape | state.get("unet", {}) | {"dropout": config.dropout}))
-    with torch.device("meta"):
-        millions = sum(p.numel() for p in UNet(network).parameters()) / 1e6
-    if device.type == "cpu" and millions > 20:
-        say(f"{millions:.0f}M parameters on a CPU take days: README.md has flags for a laptop")
-    return network
+    # What follows from other flags, and what contradicts them.
+    args.label_dropout *= args.class_cond
+    args.channel_mult = args.channel_mult or MULTS.get(args.image_size, MULTS[64])
+    if args.attention_resolutions is None:
+        sides = [args.image_size >> level for level in range(len(args.channel_mult))]
+        args.attention_resolutions = tuple(side for side in sides if 8 <= side <= 16)
+    if args.data not in PRESETS and not os.path.exists(args.data or ""):
+        parser.error(f"--data {args.data} is neither digits, cifar10, a folder nor an .npz file")
+    if args.data == "cifar10" and args.image_size != 32:
+        parser.error(f"--image-size {args.image_size}: cifar10 has 32")
+    if args.eval_steps and args.eval_steps > args.T:
+        parser.error(f"--eval-steps {args.eval_steps}: the process has {args.T}")
+    if not args.eval_only:
+        if any(vars(args)[key] != parser.get_default(key) for key in EVAL):
+            parser.error("--ckpt, --eval-images, --eval-steps and so on need --eval-only")
+        if args.objective == "hybrid" and args.variance != "learned":
+            parser.error("--objective hybrid trains a variance; give simple or vlb")
+        if args.batch < WORLD * args.accum:
+            parser.error(f"--batch {args.batch} is below {WORLD} ranks × --accum {args.accum}")
+    return args, ckpt
 
 
 def main():
-    config, state, model = configure(sys.argv[1:])
-    if config.data not in PRESETS and not os.path.exists(config.data):
-        data = os.path.normpath(config.data)
-        raise ValueError(f"--data {data} is not a folder, an .npz file, digits or cifar10")
-    if config.eval_only and config.dtype == "auto":
-        config.dtype = "fp32"  # bf16 biases bits/dim by about 0.02
-    unused = (NOT_MEASURED | {"out"} if config.eval_only else MEASURE) | {"eval_only"}
-    values = {name: value for name, value in vars(config).items() if name not in unused}
-    say(" ".join(f"{name}={value}" for name, value in values.items() if value is not None))
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    args, ckpt = parse_args(sys.argv[1:])
+    process = {key: vars(args)[key] for key in PROCESS}
+    process["time_scale"] = ckpt.get("diffusion", {}).get("time_scale")
+    network = {key: vars(args)[key] for key in SHAPE - {"class_cond"}}
+    network |= dict(out_channels=6 if args.variance == "learned" else 3)
+    network |= ckpt.get("unet", {}) | dict(dropout=args.dropout)
+    try:
+        UNetConfig(**network)
+    except ValueError as error:
+        parser.error(str(error))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one rank speaks
+    print(*(f"{key}={value}" for key, value in vars(args).items()))
+    device = pick_device(args.device)
     # Resuming to the bit is claimed for CPUs alone; elsewhere the fastest algorithms are taken.
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if config.eval_only:
-        return evaluate(config, model, device, dtype)
-    network = shape_network(config, state, device)
-    os.makedirs(os.path.join(config.out, "samples"), exist_ok=True)
-    start = state.get("step", 0)
-    agree(start, "checkpoints: nodes must share --out")
-    with open(os.path.join(config.out, ".lock"), "w") as file:
-        if RANK == 0:
-            lock(file, config.out)
-        train(config, state, network, device, dtype)
-
-
-def lock(file, out):
-    """Refuse to write where another run does. Where nothing can be locked, say so and go on."""
-    try:
-        import fcntl  # which Windows does not have
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another run is writing to {out}: take another --out") from error
-    except (OSError, ImportError) as error:
-        say(f"{file.name} cannot be locked ({error}): do not start a second run there")
+    if args.eval_only:
+        dtype = pick_dtype("fp32" if args.dtype == "auto" else args.dtype, device)  # bf16: 0.02 off
+        model = load_checkpoint(args.ckpt)[0].to(device)
+        evaluate(args, model, process, ckpt["classes"], device, dtype)
+    else:
+        os.makedirs(args.out, exist_ok=True)
+        train(args, network, process, ckpt, device, pick_dtype(args.dtype, device))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()
