@@ -214,15 +214,14 @@ def train(args, network, process, ckpt, device, dtype):
 # ---- What the loop calls -----------------------------------------------------------------------
 
 def catch_signals():
-    """-> a tensor that becomes the number of a signal to stop. Sent again, it stops at once."""
-    stop, first = torch.zeros(1, dtype=torch.int64), []
+    """-> a tensor that becomes the number of a signal to stop. The same signal again stops at once;
+    torchrun, which itself sends a Ctrl-C again, waits for 30 seconds instead."""
+    stop = torch.zeros(1, dtype=torch.int64)
+    again = signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
 
     def handle(number, frame):
-        if first and time.monotonic() > first[0] + 1:  # sooner, torchrun passes on the same Ctrl-C
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        first.append(time.monotonic())
         stop.fill_(number)
+        signal.signal(number, again)
 
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as it is under nohup
@@ -287,13 +286,12 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
 
 
 def begin_log(args, start, n):
-    """Say where the run begins. Rows that a killed run wrote after its checkpoint are cut off."""
+    """Begin log.csv, or cut off the rows that a killed run wrote after its last checkpoint."""
     seen = gather(torch.tensor([[start, n]]))
     if (seen != seen[0]).any():
-        sys.exit(f"ranks see other checkpoints or images: (update, images) {seen.tolist()}")
+        sys.exit(f"the ranks see other checkpoints or images: update, images {seen.tolist()}")
+    path, rows = os.path.join(args.out, "log.csv"), []
     if RANK == 0:
-        print(f"{args.out}: update {start} of {args.steps}")
-        path, rows = os.path.join(args.out, "log.csv"), []
         if start and os.path.exists(path):
             rows = [row for row in open(path).readlines()[1:] if int(row.split(",")[0]) <= start]
         with open(path, "w") as file:
@@ -316,12 +314,11 @@ def write_row(args, step, sums, bound, lr, seconds):
     Raises FloatingPointError if no update since the last row had a finite gradient."""
     loss, norm, taken, skipped = gather(sums[None]).mean(0).tolist()
     sums.zero_()
-    per_update = 1 / taken if taken else math.nan
-    loss, norm, bits = loss * per_update, norm * per_update, bound.item() if taken else math.nan
+    loss, norm, bits = (loss / taken, norm / taken, bound.item()) if taken else [math.nan] * 3
     if RANK == 0:
         with open(os.path.join(args.out, "log.csv"), "a") as file:
-            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}\n"
-            file.write(row)
+            row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}"
+            print(row, file=file)
     left = tqdm.format_interval(seconds / step * (args.steps - step))
     skips = f", {skipped:.0f} updates skipped" if skipped else ""
     tqdm.write(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim{skips}, {left} left")
@@ -363,10 +360,12 @@ def load_data(args, known=None, held_out=False):
     elif args.data == "cifar10":
         images, names = load_cifar10(held_out)
     else:
-        load = load_npz if args.data.endswith(".npz") else load_folder
-        images, names = load(args.data, args.image_size)
+        npz = args.data.endswith(".npz")
+        images, names = load_npz(args.data) if npz else load_folder(args.data, args.image_size)
     if LOCAL_RANK == 0:
         gather(torch.zeros(1))
+    if images.shape[1:] != (3, args.image_size, args.image_size):
+        parser.error(f"--image-size {args.image_size}: {args.data} holds {images.shape[1:]}")
     if not args.class_cond:
         print(f"{args.data}: {len(images):,} images")
         return images, None, None
@@ -410,72 +409,82 @@ def load_cifar10(held_out):
 
 
 @functools.lru_cache(1)
-def load_npz(path, size=None):
+def load_npz(path):
     """The images of an .npz file and the name of the class of each, or None. It holds arr_0 or
     images, uint8 (N, S, S, 3), and maybe arr_1 or labels (N,), names or indices of class_names."""
     with np.load(path) as file:
         images = file.get("images", file.get("arr_0"))
         labels, names = file.get("labels", file.get("arr_1")), file.get("class_names")
-    wrong = images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
-    if wrong or not len(images) or len({size or images.shape[1], *images.shape[1:3]}) > 1:
-        parser.error(f"--data {path}: needs arr_0 or images, uint8 (N, S, S, 3), S = --image-size")
-    if labels is not None and labels.shape != images.shape[:1]:
-        parser.error(f"--data {path}: there are labels {labels.shape} for {len(images)} images")
-    labels = labels if names is None or labels is None else names[labels]
-    return images.transpose(0, 3, 1, 2), None if labels is None else labels.astype(str).tolist()
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        parser.error(f"--data {path} holds no images or arr_0, uint8 (N, S, S, 3)")
+    if labels is None:
+        return images.transpose(0, 3, 1, 2), None
+    if labels.shape != images.shape[:1]:
+        parser.error(f"--data {path}: {len(images)} images, but labels {labels.shape}")
+    labels = labels if names is None else names[labels]
+    return images.transpose(0, 3, 1, 2), labels.astype(str).tolist()
 
 
 def load_folder(root, size):
     """All pictures below root -> memory-mapped (N, 3, size, size), and the class of each: the name
-    of its subfolder, or "". They are decoded once, into one file of data/cache, whose end says
-    which of the listing it holds. Files that cannot be read are tried again at each start."""
+    of its subfolder, or "". They are decoded once, into a file of data/cache, and again if a file
+    is added, removed or changed. Those that cannot be read are tried again at each start."""
     listing, others = list_pictures(root)
-    paths, place = [path for path, *_ in listing], os.path.realpath(root)
-    key = [hashlib.sha256(repr(each).encode()).hexdigest()[:12] for each in (place, listing)]
-    stem = f"data/cache/{os.path.basename(place)[:40]}-{size}-{key[0]}-"
-    cache, read = stem + key[1], functools.partial(read_picture, root, size)
-
-    def numbers_at_the_end():
-        n = os.path.getsize(cache) // (3 * size * size + 4)
-        return np.fromfile(cache, np.int32, offset=n * 3 * size * size)
-
-    lost = set(range(len(paths))) - set(numbers_at_the_end()) if os.path.exists(cache) else set()
-    if not os.path.exists(cache) or any(read(paths[i]) is not None for i in sorted(lost)):
-        decode(paths, read, cache)
-        for old in set(glob.glob(glob.escape(stem) + "*")) - {cache}:
-            if not old.endswith(".tmp") or time.time() - os.path.getmtime(old) > 86_400:
-                os.remove(old)  # of a listing that has changed, or of a killed decoding
-    good = numbers_at_the_end()
-    images = np.memmap(cache, np.uint8, "c", shape=(len(good), 3, size, size))  # "c": not shared
-    left_out = f"{len(paths) - len(good)} pictures could not be read"
-    print(f"{root}: {left_out}, {others} other files were left out")
-    return images, [os.path.dirname(paths[i]).split(os.sep)[0] for i in good]
+    place, paths = os.path.realpath(root), [path for path, *_ in listing]
+    name = f"{os.path.basename(place)[:40]}-{size}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+    cache, read = os.path.join("data/cache", name), functools.partial(read_picture, root, size)
+    numbers = cached_numbers(cache, listing, size)
+    lost = sorted(set(range(len(paths))) - set(numbers)) if len(numbers) else []
+    if not len(numbers) or any(read(paths[i]) is not None for i in lost):
+        decode(cache, listing, read)
+        numbers = cached_numbers(cache, listing, size)
+    images = np.memmap(cache, np.uint8, "c", shape=(len(numbers), 3, size, size))  # "c": not shared
+    left_out = f"{len(paths) - len(numbers)} pictures that cannot be read and {others} other files"
+    print(f"{root}: left out {left_out}")
+    return images, [os.path.dirname(paths[i]).split(os.sep)[0] for i in numbers]
 
 
-def decode(paths, read, cache):
-    """Write a cache: the pictures that can be read, then their numbers, int32."""
-    good, tmp = [], f"{cache}.{os.getpid()}.tmp"
+def decode(cache, listing, read):
+    """Write a cache: all pictures that can be read, their numbers, and a digest of the listing."""
+    tmp, numbers = f"{cache}.{os.getpid()}.tmp", []
     os.makedirs(os.path.dirname(cache), exist_ok=True)
+    for old in glob.glob(glob.escape(cache) + ".*.tmp"):
+        if time.time() - os.path.getmtime(old) > 86_400:  # of a decoding that was killed
+            os.remove(old)
     with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
-            for i, picture in enumerate(pool.map(read, paths[start : start + 256]), start):
+        for start in tqdm(range(0, len(listing), 256), "decoding", disable=None):
+            paths = [path for path, *_ in listing[start : start + 256]]
+            for i, picture in enumerate(pool.map(read, paths), start):
                 if picture is not None:
                     file.write(picture.tobytes())
-                    good.append(i)
-        file.write(np.array(good, np.int32).tobytes())
-    if not good:
+                    numbers.append(i)
+        file.write(np.array(numbers, np.int32).tobytes() + digest(listing))
+    if not numbers:
         os.remove(tmp)
-        sys.exit(f"--data: of {len(paths)} pictures, none could be read")
+        sys.exit(f"none of the {len(listing)} pictures of --data could be read")
     os.replace(tmp, cache)
 
 
-NO_CLASSES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
+def digest(listing):
+    return hashlib.sha256(repr(listing).encode()).digest()
+
+
+def cached_numbers(cache, listing, size):
+    """Which pictures of the listing a cache holds, int32 (n,); none if it is of another listing."""
+    if not os.path.exists(cache):
+        return []
+    n, pixels = (os.path.getsize(cache) - 32) // (3 * size * size + 4), 3 * size * size
+    tail = np.fromfile(cache, np.uint8, offset=n * pixels).tobytes()
+    return np.frombuffer(tail[:-32], np.int32) if tail[-32:] == digest(listing) else []
+
+
+SERVERS_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
 
 
 def list_pictures(root):
-    """[(path below root, size, time)] of all pictures, and the number of other files. Links are
-    followed. Hidden names, runs, folders of file servers, folders above root and those already seen
-    in the same class are not entered."""
+    """[(path below root, size, time)] of all pictures, links followed, and the number of other
+    files. Not entered are hidden names, runs, what file servers keep for themselves, folders above
+    root, and a folder twice for one class."""
     known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".mpo"}
     listing, others, seen = [], 0, set()
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -486,7 +495,7 @@ def list_pictures(root):
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if name[0] != "." and name not in NO_CLASSES]
+        folders[:] = [name for name in folders if name[0] != "." and name not in SERVERS_FOLDERS]
         for path in (os.path.join(folder, name) for name in files if name[0] != "."):
             if os.path.splitext(path)[1].lower() in known and os.path.isfile(path):
                 info = os.stat(path)
@@ -610,10 +619,14 @@ def parse_args(argv):
         held |= dict(class_cond=held["num_classes"] is not None)
         held = ckpt["config"] if resumes else {key: held[key] for key in SHAPE | PROCESS}
         fixed = held.keys() - MAY_CHANGE if resumes else SHAPE | {"schedule", "T"}
-        parser.set_defaults(**held | dict(data=ckpt["config"].get("data")))
-        if not resumes and not args.eval_only:  # --init: the averaged weights are all that is taken
-            ckpt = dict(unet=ckpt["unet"], diffusion=ckpt["diffusion"], classes=ckpt["classes"],
-                        model=ckpt["ema"], ema=ckpt["ema"])  # fmt: skip
+        parser.set_defaults(**held)
+        if args.eval_only:
+            parser.set_defaults(data=ckpt["config"].get("data"))
+        elif resumes and not args.out and os.path.realpath(data) != os.path.realpath(held["data"]):
+            parser.error(f"--data {data}: {out} has {held['data']}; give another --out")
+        elif not resumes:  # --init takes the averaged weights alone
+            keys = ("unet", "diffusion", "classes", "ema")
+            ckpt = {key: ckpt[key] for key in keys} | dict(model=ckpt["ema"])
     elif data.endswith(".npz") and os.path.exists(data):
         parser.set_defaults(image_size=load_npz(data)[0].shape[-1])
     args = parser.parse_args(argv)
