@@ -16,13 +16,11 @@ from tqdm import tqdm
 
 LAMBDA = 0.001  # the weight of L_vlb in L_hybrid (eq. 16)
 
-
 # ---- Noise schedules ---------------------------------------------------------------------------
 
 def linear_betas(T):
     """Ho et al.'s betas, 1e-4 … 0.02 for T = 1000, scaled to any T -> float64 (T,)."""
     return torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64).clamp(max=0.999)
-
 
 def cosine_betas(T, s=0.008):
     """Betas of alphas_bar ∝ cos²((t/T + s) / (1 + s) · π/2), at most 0.999 (eq. 17) -> (T,)."""
@@ -30,9 +28,7 @@ def cosine_betas(T, s=0.008):
     alphas_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
 
-
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
-
 
 def select_timesteps(steps, last, spacing=1.0):
     """Timesteps t_i = (i / (steps-1))^spacing · last, no two equal -> a rising list from 0 to last.
@@ -40,7 +36,6 @@ def select_timesteps(steps, last, spacing=1.0):
     if steps == 1:
         return [last]
     return [max(i, round((i / (steps - 1)) ** spacing * last)) for i in range(steps)]
-
 
 # ---- The process -------------------------------------------------------------------------------
 
@@ -214,7 +209,6 @@ class Diffusion:
             pass
         return x
 
-
 @torch.no_grad()
 def ancestral(diffusion, model, x, y=None, clip=True, generators=None):
     """The paper's sampler: draw each x_{t-1} from p(x_{t-1} | x_t), beginning with x = x_T.
@@ -230,9 +224,7 @@ def ancestral(diffusion, model, x, y=None, clip=True, generators=None):
         x = mean.to(x.dtype)
         yield i, x, x0_hat
 
-
 SAMPLERS = {"ancestral": ancestral}
-
 
 # ---- Gaussians ---------------------------------------------------------------------------------
 
@@ -240,7 +232,6 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
     """KL(N1 || N2) of each element, in nats."""
     ratio = log_variance1 - log_variance2
     return 0.5 * (ratio.expm1() - ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
-
 
 def decoder_log_likelihood(x0, mean, log_variance):
     """log p(x0 | x_1) of each element, in nats: a Gaussian integrated over each pixel's bin.
@@ -255,11 +246,9 @@ def decoder_log_likelihood(x0, mean, log_variance):
     log_ratio = (torch.special.log_ndtr(lower) - log_upper).clamp(max=-1e-12)
     return log_upper + torch.log(-torch.expm1(log_ratio))
 
-
 def bits(nats):
     """Nats of each element (N, ...) -> bits per dimension (N,)."""
     return nats.flatten(1).mean(1) / math.log(2)
-
 
 # ==== Beyond the paper ==========================================================================
 
@@ -291,9 +280,7 @@ def ddim(diffusion, model, x, y=None, clip=True, generators=None, eta=0.0, order
         x, previous = mean.to(x.dtype), x0_hat
         yield i, x, x0_hat
 
-
 SAMPLERS |= {"ddim": ddim, "dpm++": partial(ddim, eta=1.0, order=2)}
-
 
 def few_steps(T, image_size, steps=25, schedule="cosine"):
     """The timesteps at which "dpm++" draws images of image_size pixels a side best -> a list.
@@ -303,7 +290,6 @@ def few_steps(T, image_size, steps=25, schedule="cosine"):
     alphas_bar = torch.cumprod(1 - SCHEDULES[schedule](T), 0)
     last = max(0, int((alphas_bar >= 2 / image_size**2).sum()) - 1)
     return select_timesteps(min(steps, last + 1), last, spacing=1.15)
-
 
 def guided(model, scale):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a model to sample from.
@@ -320,7 +306,6 @@ def guided(model, scale):
         return torch.cat([eps, cond[:, C:]], dim=1)
 
     return guided_model
-
 
 @torch.no_grad()
 def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
@@ -343,7 +328,6 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
         total = total + weights[t] * L_t
     return total, terms, prior
 
-
 # ---- Randomness --------------------------------------------------------------------------------
 
 def generator(seed, index, device="cpu", stream="noise"):
@@ -353,7 +337,6 @@ def generator(seed, index, device="cpu", stream="noise"):
     start = {"noise": 0, "dropout": 2**30, "order": 2**31}[stream]
     number = (seed * 0x9E3779B1 + start + index) % 2**32  # the CPU reads 32 bits alone
     return torch.Generator(device).manual_seed(number)
-
 
 def randn_like(x, generators=None):
     """Normal noise like x (N, ...), of torch's own generator or of one for each image."""

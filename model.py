@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-
 @dataclasses.dataclass
 class UNetConfig:
     """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters).
@@ -51,7 +50,6 @@ class UNetConfig:
             attends = resolution in (sizes[-1], *self.attention_resolutions)
             if channels % 4 or (attends and channels % self.num_heads):
                 raise ValueError(f"{channels} channels are no multiple of 4, or of num_heads")
-
 
 class UNet(nn.Module):
     """The UNet that `config` describes; random weights, the last layer of every block zero."""
@@ -121,7 +119,6 @@ class UNet(nn.Module):
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h)
 
-
 class Stage(nn.Sequential):
     """Layers in a row; those that want the time embedding get it."""
 
@@ -129,7 +126,6 @@ class Stage(nn.Sequential):
         for layer in self:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
         return h
-
 
 class ResBlock(nn.Module):
     """(N, in_channels, H, W) and a time embedding (N, 4·channels) -> (N, out_channels, H, W)."""
@@ -157,7 +153,6 @@ class ResBlock(nn.Module):
         h = self.conv2(self.dropout(F.silu(h)))
         return h.add_(self.skip(x))
 
-
 class Attention(nn.Module):
     """Self-attention of several heads over the H·W pixels of (N, C, H, W)."""
 
@@ -177,7 +172,6 @@ class Attention(nn.Module):
         h = h.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
         return self.proj(h).add_(x)
 
-
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm with UNetConfig's norm_groups, in the precision of its weights: 16 bits would
     be less exact, and slower on CPUs."""
@@ -189,7 +183,6 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
-
 def timestep_embedding(t, channels):
     """Sinusoidal embedding: t (N,) float -> (N, channels), an even number, cosines first."""
     half = channels // 2
@@ -197,13 +190,11 @@ def timestep_embedding(t, channels):
     angles = t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
 def zero(layer):
     """The layer with its parameters 0: a block starts as its skip, the network as 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
-
 
 def attend(q, k, v):
     """Attention of (N, heads, L, d). On CPUs, bfloat16 is computed in parts of 16 images, which is
@@ -212,7 +203,6 @@ def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)  # softmax in float32 whatever the inputs
     parts = zip((q * q.shape[-1] ** -0.5).split(16), k.transpose(2, 3).split(16), v.split(16))
     return torch.cat([torch.softmax(q @ k, dim=-1) @ v for q, k, v in parts])
-
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 
@@ -237,7 +227,6 @@ def load_checkpoint(path):
     model.load_state_dict(ckpt["ema"])
     return model.eval(), ckpt
 
-
 def from_openai(state, config, diffusion):
     """A checkpoint of ours from the tensors of a released file, and what they do not say."""
     for theirs, ours in OPENAI_NAMES.items():
@@ -246,7 +235,6 @@ def from_openai(state, config, diffusion):
     state = {name: v[..., None] if v.ndim == 3 else v for name, v in state.items()}
     unet = dict(dropout=0.0, norm_groups=32) | config
     return dict(unet=unet, ema=state, diffusion=diffusion, classes=None, config={})
-
 
 # openai/improved-diffusion's names for our layers, and what its files are: UNetConfig's values, but
 # for the paper's CIFAR-10 ones, and Diffusion's arguments.
@@ -269,7 +257,6 @@ OPENAI_FILES = {
     ),
 }
 
-
 # ---- What the two scripts share: ranks, device, precision, pictures ------------------------------
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -277,7 +264,6 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of torchrun's process
 DEVICES = ["auto", "cpu"]  # the last of them is the best
 DEVICES += ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or a float between two limits."""
@@ -289,7 +275,6 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__  # which argparse prints if the text is no number
     return parse
-
 
 def pick_device(name):
     """The torch.device for one of DEVICES. Joins the ranks, each of which has its own GPU."""
@@ -303,7 +288,6 @@ def pick_device(name):
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     return device
 
-
 def pick_dtype(name, device):
     """The torch.dtype of matrix products for one of DTYPES. "auto" is bfloat16 where the device
     computes with it natively, else float16 on CUDA, else float32."""
@@ -316,11 +300,9 @@ def pick_dtype(name, device):
     torch.backends.cudnn.allow_tf32 = name != "fp32"  # TF32 has a precision of 10 bits
     return DTYPES[name]
 
-
 def autocast(device, dtype):
     """A context in which the network computes matrix products in dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
 
 def to_pixels(x, numbers):
     """(N, C, H, W) in [-1, 1] -> uint8 of the same shape, on the CPU. Raises FloatingPointError,
@@ -329,9 +311,8 @@ def to_pixels(x, numbers):
         raise FloatingPointError(f"not finite: images {bad}")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
-
 def make_picture(pixels, columns=None):
-    """uint8 (N, 3, H, W) -> a PIL image of all, nearly square; small ones are enlarged to be seen."""
+    """uint8 (N, 3, H, W) -> a PIL image of all in a grid, nearly square; small ones are enlarged."""
     from torchvision.utils import make_grid  # here, since this import takes seconds
 
     zoom = max(1, 64 // pixels.shape[-1])

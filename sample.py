@@ -52,7 +52,6 @@ add("--dtype", choices=DTYPES, default="auto", help="of matrix products (default
 add("--out", metavar="X", default="samples.png", help="X.png, a grid (default: samples.png); "
     "X.gif, the denoising; X.npz; or a folder")  # fmt: skip
 
-
 def main():
     # What to draw, with what, and where it goes.
     args = parser.parse_args()
@@ -105,14 +104,12 @@ def main():
     if RANK == 0:
         print(args.out)
 
-
 # ---- Inputs ------------------------------------------------------------------------------------
 
 def newest_checkpoint():
     """The newest run's under runs/, else the one in assets/."""
     assets = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "digits.pt")
     return max(glob.glob("runs/*/ckpt.pt"), key=os.path.getmtime, default=os.path.relpath(assets))
-
 
 def choose_sampler(args, config, process):
     """The Diffusion with the timesteps to run, and one of SAMPLERS with its options."""
@@ -131,7 +128,6 @@ def choose_sampler(args, config, process):
     process = process | ({"variance": args.variance} if args.variance else {})
     options = {"eta": args.eta} if args.eta else {}
     return Diffusion(**process, steps=timesteps), partial(SAMPLERS[args.sampler], **options)
-
 
 def choose_inputs(args, config, ckpt):
     """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
@@ -161,7 +157,6 @@ def choose_inputs(args, config, ckpt):
     labels = torch.tensor([number[name] for name in chosen])
     return small, labels[torch.arange(args.n) % len(labels)]
 
-
 def load_small(path, size):
     """The images of an .npz file of sample.py's, (N, 3, size, size) in [-1, 1], and their classes,
     names or numbers (N,), or []."""
@@ -175,7 +170,6 @@ def load_small(path, size):
     small = torch.from_numpy(images.transpose(0, 3, 1, 2)) / 127.5 - 1
     labels = labels if labels is None or names is None else names[labels]
     return small, [] if labels is None else labels.astype(str).tolist()
-
 
 # ---- Outputs -----------------------------------------------------------------------------------
 
@@ -191,13 +185,11 @@ def kind_of_output(out):
         parser.error(f"--out {out}: {error.strerror}")
     return kind
 
-
 def save(path, write, *given, **more):
     """Have write(file, ...) write a file, which gets its name once it is complete."""
     with open(f"{path}.tmp", "wb") as file:
         write(file, *given, **more)
     os.replace(f"{path}.tmp", path)
-
 
 def save_together(path, kind, pixels, labels, classes):
     """Write uint8 images (N, F, 3, H, W) to one file: the last frame, or all F as a film."""
@@ -212,7 +204,6 @@ def save_together(path, kind, pixels, labels, classes):
         times = [60] * (len(film) - 1) + [2000]  # milliseconds
         more = dict(save_all=True, append_images=film[1:], loop=0, duration=times)
         save(path, film[0].save, format="gif", **more)
-
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,6 @@ learned is their .state_dict(). No method lets the host wait for the device.
 import torch
 import torch.distributed as dist
 
-
 class UniformSampler(torch.nn.Module):
     """Every t in 0 … T-1 equally likely, with weight 1. T is the process's num_steps."""
 
@@ -22,7 +21,6 @@ class UniformSampler(torch.nn.Module):
 
     def update(self, t, losses):
         """Learns nothing from the losses."""
-
 
 class ImportanceSampler(torch.nn.Module):
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
@@ -64,9 +62,7 @@ class ImportanceSampler(torch.nn.Module):
         self.losses.copy_(rows[:-1])
         self.counts.index_add_(0, t, finite.long())
 
-
 T_SAMPLERS = {"uniform": UniformSampler, "importance": ImportanceSampler}
-
 
 def gather(rows):
     """The rows of all ranks one after the other -> one tensor, the same on all. Ranks may differ

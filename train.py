@@ -55,23 +55,21 @@ PRESETS = {"digits": DIGITS, "cifar10": {}}
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4),
          256: (1, 1, 2, 2, 4, 4)}  # channel_mult of an image size  # fmt: skip
 
-
 def numbers(text):
     return () if text == "none" else tuple(map(number(int, 1), text.split(",")))
-
 
 positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
 switch = argparse.BooleanOptionalAction
 data_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 data_parser.add_argument("--data", default="digits", help="digits, cifar10, a folder or X.npz")
 parser = argparse.ArgumentParser(
-    parents=[data_parser], allow_abbrev=False, description=__doc__.splitlines()[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parents=[data_parser], allow_abbrev=False, usage="[torchrun] train.py [--data WHAT] [flags]",
+    formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 32, 100),
 )  # fmt: skip
 add = parser.add_argument_group("images").add_argument
 add("--image-size", type=positive, default=32, help="pixels a side")
 add("--class-cond", action=switch, default=False, help="learn the classes: subfolders or labels")
-add("--low-res", type=positive, help="train an upsampler from so many pixels a side")
+add("--low-res", type=positive, help="pixels a side that an upsampler begins with")
 add("--flip", action=switch, default=False, help="mirror half of the images")
 add("--batch", type=positive, default=128, help="images in an update, on all ranks together")
 add("--seed", type=natural, default=0, help="the seed of all randomness")
@@ -81,10 +79,10 @@ add("--T", type=positive, default=4000, help="the number of timesteps")
 add("--variance", choices=["learned", "small", "large"], default="learned", help="that of a step")
 add = parser.add_argument_group("network").add_argument
 add("--channels", type=positive, default=128, help="width at the full resolution")
-add("--channel-mult", type=numbers, help="multiples of it, as 1,2,2 (default: by the image size)")
+add("--channel-mult", type=numbers, help="multiples of it, as 1,2,2; None: by the image size")
 add("--num-res-blocks", type=positive, default=3, help="blocks at each resolution")
 add("--attention", type=numbers, dest="attention_resolutions", help="resolutions that attend, "
-    "as 16,8, or none; the middle always attends (default: those from 8 to 16)")  # fmt: skip
+    "as 16,8, or none; the middle always attends; None: those from 8 to 16")  # fmt: skip
 add("--num-heads", type=positive, default=4, help="heads of attention")
 add("--dropout", type=share, default=0.3, help="probability of dropout")
 add = parser.add_argument_group("training").add_argument
@@ -95,9 +93,9 @@ add("--warmup", type=natural, default=0, help="updates in which the rate rises t
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
 add("--grad-clip", type=number(float, 0), default=0, help="the largest norm of a gradient; 0: any")
 add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
-add("--init", metavar="FILE", help="checkpoint whose averaged weights a new run begins with")
+add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
 add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
-add("--out", metavar="DIR", help="the run's directory (default: runs/ and the data's name)")
+add("--out", metavar="DIR", help="the run's directory; None: runs/ and the data's name")
 add("--device", choices=DEVICES, default="auto", help="where to compute")
 add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products")
 add("--compile", action=switch, default=False, help="compile the network with torch.compile")
@@ -108,12 +106,11 @@ add("--sample-every", type=natural, default=10_000, help="updates between grids;
 add("--save-every", type=positive, default=1_000, help="updates between checkpoints")
 add = parser.add_argument_group("bits per dimension").add_argument
 add("--eval-only", action="store_true", help="measure a checkpoint on images; no training")
-add("--ckpt", metavar="FILE", help="the checkpoint to measure (default: the one in --out)")
+add("--ckpt", metavar="FILE", help="the checkpoint to measure; None: the one in --out")
 add("--eval-images", type=positive, default=10_000, help="the most images to measure")
-add("--eval-steps", type=positive, help="steps of the process to measure (default: all)")
+add("--eval-steps", type=positive, help="steps of the process to measure; None: all")
 add("--eval-calls", type=number(int, 4), default=10, help="calls of the network for each image")
 add("--spacing", type=number(float, 1), default=1.0, help="of --eval-steps; 3: denser near t = 0")
-
 
 # ---- Training ----------------------------------------------------------------------------------
 
@@ -210,7 +207,6 @@ def train(args, network, process, ckpt, device, dtype):
             sys.exit(128 + stopping)
     print(f"{args.out}/ckpt.pt")
 
-
 # ---- What the loop calls -----------------------------------------------------------------------
 
 def catch_signals():
@@ -227,7 +223,6 @@ def catch_signals():
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(getattr(signal, name), handle)
     return stop
-
 
 def load_batch(args, images, labels, t_sampler, step, device):
     """This rank's part of the batch of a step -> x0, y, t, weights, noise. Each rank draws the
@@ -246,11 +241,9 @@ def load_batch(args, images, labels, t_sampler, step, device):
     y = None if y is None else torch.where(drop, -1, y)  # -1: no class
     return torch.where(flip, x0.flip(3), x0), y, t[mine], weights[mine], noise
 
-
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=generator(seed, epoch, stream="order")).numpy()
-
 
 def to_device(images, labels, rows, device):
     """The images of some rows, as float32 in [-1, 1], and their labels or None."""
@@ -263,16 +256,13 @@ def to_device(images, labels, rows, device):
 
     return move(images[rows]).float() / 127.5 - 1, None if labels is None else move(labels[rows])
 
-
 def seed_rank(seed, step):
     """Seed torch's global generator, from which dropout and the terms of the bound are drawn."""
     torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
 
-
 def give_low_res(net, x0, size):
     """The network; if it is an upsampler, with the small images, x0 averaged down to size."""
     return functools.partial(net, low_res=F.interpolate(x0, size, mode="area")) if size else net
-
 
 def update_weights(params, optimizer, scaler, grad_clip, fp16):
     """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler (also
@@ -283,7 +273,6 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
     scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
     optimizer.zero_grad()
     return norm
-
 
 def begin_log(args, start, n):
     """Begin log.csv, or cut off the rows that a killed run wrote after its last checkpoint."""
@@ -297,7 +286,6 @@ def begin_log(args, start, n):
         with open(path, "w") as file:
             file.writelines(["step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n", *rows])
 
-
 def estimate_bound(args, model, diffusion, x0, y, dtype):
     """The bound of the network's own weights on 16 images, in bits per dimension (1,)."""
     x0, y = (None if each is None else each[: max(1, 16 // WORLD)] for each in (x0, y))
@@ -307,7 +295,6 @@ def estimate_bound(args, model, diffusion, x0, y, dtype):
         total = estimate_bits_per_dim(diffusion, net, x0, y, calls=8)[0]
     model.train()
     return gather(total).mean()
-
 
 def write_row(args, step, sums, bound, lr, seconds):
     """Write and print the means since the last row. Here alone the host waits for the device.
@@ -324,7 +311,6 @@ def write_row(args, step, sums, bound, lr, seconds):
     tqdm.write(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim{skips}, {left} left")
     if not taken:
         raise FloatingPointError("no gradient was finite: try a lower --lr, with another --out")
-
 
 def draw_samples(args, step, average, diffusion, images, labels, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
@@ -347,38 +333,36 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     make_picture(torch.cat(tiles), columns).save(f"{args.out}/samples/{step:07}.png")
 
-
 # ---- Data --------------------------------------------------------------------------------------
 
 def load_data(args, known=None, held_out=False):
     """-> uint8 images (N, 3, S, S), int64 labels (N,) or None, the names of the classes or None.
     known: the names of a trained network's classes, by which those of the images are matched."""
+    size, data = args.image_size, args.data
     if LOCAL_RANK > 0:
         gather(torch.zeros(1))  # the first rank of each machine draws, downloads or decodes alone
-    if args.data == "digits":
-        images, names = draw_digits(20_000, args.image_size, args.seed + held_out * 2**32)
-    elif args.data == "cifar10":
+    if data == "digits":
+        images, names = draw_digits(20_000, size, args.seed + held_out * 2**32)
+    elif data == "cifar10":
         images, names = load_cifar10(held_out)
     else:
-        npz = args.data.endswith(".npz")
-        images, names = load_npz(args.data) if npz else load_folder(args.data, args.image_size)
+        images, names = load_npz(data) if data.endswith(".npz") else load_folder(data, size)
     if LOCAL_RANK == 0:
         gather(torch.zeros(1))
-    if images.shape[1:] != (3, args.image_size, args.image_size):
-        parser.error(f"--image-size {args.image_size}: {args.data} holds {images.shape[1:]}")
+    print(f"{data}: {len(images):,} images")
+    if images.shape[1:] != (3, size, size):
+        parser.error(f"--image-size {size}: {data} holds {images.shape[1:]}")
     if not args.class_cond:
-        print(f"{args.data}: {len(images):,} images")
         return images, None, None
     if names is None or "" in names:
-        parser.error(f"--class-cond: not all images of {args.data} have a class")
+        parser.error(f"--class-cond: not all images of {data} have a class")
     names = [unicodedata.normalize("NFC", name) for name in names]
     classes = known or sorted(set(names))
     if unknown := sorted(set(names) - set(classes)):
-        parser.error(f"{args.data}: class {unknown[0]} is none of the network's: {classes[:20]}")
-    print(f"{args.data}: {len(images):,} images in {len(set(names))} classes:", *classes[:10])
+        parser.error(f"--data {data}: {unknown[0]} is none of the classes {', '.join(classes)}")
+    print(f"classes {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''}")
     index = {name: k for k, name in enumerate(classes)}
     return images, np.array([index[name] for name in names]), classes
-
 
 def draw_digits(n, size, seed):
     """n pictures of a digit, at least half as high as the image, in any place, on any colour."""
@@ -396,7 +380,6 @@ def draw_digits(n, size, seed):
         images[i] = image
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), digits.tolist()
 
-
 def load_cifar10(held_out):
     """The training or the test images of CIFAR-10, and the name of the class of each."""
     from torchvision.datasets import CIFAR10  # here, since this import takes seconds
@@ -406,7 +389,6 @@ def load_cifar10(held_out):
     except (OSError, RuntimeError) as error:
         sys.exit(f"no CIFAR-10 ({error}): put {CIFAR10.filename}, from {CIFAR10.url}, into data/")
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
-
 
 @functools.lru_cache(1)
 def load_npz(path):
@@ -424,70 +406,61 @@ def load_npz(path):
     labels = labels if names is None else names[labels]
     return images.transpose(0, 3, 1, 2), labels.astype(str).tolist()
 
-
 def load_folder(root, size):
     """All pictures below root -> memory-mapped (N, 3, size, size), and the class of each: the name
-    of its subfolder, or "". They are decoded once, into a file of data/cache, and again if a file
-    is added, removed or changed. Those that cannot be read are tried again at each start."""
+    of its subfolder, or "". They are decoded once, into a file of data/cache which ends in their
+    numbers and a digest of the listing. Those that cannot be read are tried again at each start."""
     listing, others = list_pictures(root)
     place, paths = os.path.realpath(root), [path for path, *_ in listing]
-    name = f"{os.path.basename(place)[:40]}-{size}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
-    cache, read = os.path.join("data/cache", name), functools.partial(read_picture, root, size)
-    numbers = cached_numbers(cache, listing, size)
-    lost = sorted(set(range(len(paths))) - set(numbers)) if len(numbers) else []
-    if not len(numbers) or any(read(paths[i]) is not None for i in lost):
-        decode(cache, listing, read)
-        numbers = cached_numbers(cache, listing, size)
+    key, digest = (hashlib.sha256(repr(each).encode()).digest() for each in (place, listing))
+    cache = f"data/cache/{os.path.basename(place)[:40]}-{size}-{key.hex()[:12]}"
+    read, pixels = functools.partial(read_picture, root, size), 3 * size * size
+
+    def cached():
+        """The numbers of the pictures in the cache; none if it is not there or of another listing."""
+        n = (os.path.getsize(cache) - 32) // (pixels + 4) if os.path.exists(cache) else 0
+        tail = np.fromfile(cache, np.uint8, offset=n * pixels).tobytes() if n else b""
+        return np.frombuffer(tail[:-32] if tail[-32:] == digest else b"", np.int32)
+
+    lost = sorted(set(range(len(paths))) - set(cached()))
+    if len(lost) == len(paths) or any(read(paths[i]) is not None for i in lost):
+        decode(cache, paths, read, digest)
+    numbers = cached()
+    print(f"{root}: left out {len(paths) - len(numbers)} unreadable pictures, {others} other files")
     images = np.memmap(cache, np.uint8, "c", shape=(len(numbers), 3, size, size))  # "c": not shared
-    left_out = f"{len(paths) - len(numbers)} pictures that cannot be read and {others} other files"
-    print(f"{root}: left out {left_out}")
     return images, [os.path.dirname(paths[i]).split(os.sep)[0] for i in numbers]
 
-
-def decode(cache, listing, read):
-    """Write a cache: all pictures that can be read, their numbers, and a digest of the listing."""
-    tmp, numbers = f"{cache}.{os.getpid()}.tmp", []
+def decode(cache, paths, read, digest):
+    """Write a cache under a temporary name, then rename it."""
     os.makedirs(os.path.dirname(cache), exist_ok=True)
     for old in glob.glob(glob.escape(cache) + ".*.tmp"):
         if time.time() - os.path.getmtime(old) > 86_400:  # of a decoding that was killed
             os.remove(old)
+    numbers, tmp = [], f"{cache}.{os.getpid()}.tmp"
     with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(listing), 256), "decoding", disable=None):
-            paths = [path for path, *_ in listing[start : start + 256]]
-            for i, picture in enumerate(pool.map(read, paths), start):
+        for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
+            for i, picture in enumerate(pool.map(read, paths[start : start + 256]), start):
                 if picture is not None:
                     file.write(picture.tobytes())
                     numbers.append(i)
-        file.write(np.array(numbers, np.int32).tobytes() + digest(listing))
+        file.write(np.array(numbers, np.int32).tobytes() + digest)
     if not numbers:
         os.remove(tmp)
-        sys.exit(f"none of the {len(listing)} pictures of --data could be read")
+        sys.exit(f"--data: none of {len(paths)} pictures could be read")
     os.replace(tmp, cache)
 
-
-def digest(listing):
-    return hashlib.sha256(repr(listing).encode()).digest()
-
-
-def cached_numbers(cache, listing, size):
-    """Which pictures of the listing a cache holds, int32 (n,); none if it is of another listing."""
-    if not os.path.exists(cache):
-        return []
-    n, pixels = (os.path.getsize(cache) - 32) // (3 * size * size + 4), 3 * size * size
-    tail = np.fromfile(cache, np.uint8, offset=n * pixels).tobytes()
-    return np.frombuffer(tail[:-32], np.int32) if tail[-32:] == digest(listing) else []
-
-
-SERVERS_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-
+# Not entered, besides hidden folders and runs: what file servers and archives keep for themselves.
+NO_CLASSES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
+Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large pictures are wanted
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 def list_pictures(root):
-    """[(path below root, size, time)] of all pictures, links followed, and the number of other
-    files. Not entered are hidden names, runs, what file servers keep for themselves, folders above
-    root, and a folder twice for one class."""
-    known = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".mpo"}
+    """[(path below root, size, time)] of all pictures, and the number of other files. Links are
+    followed, but not to folders above root, nor twice to a folder for one class."""
+    kinds = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in kinds if kind in Image.OPEN or kind == "MPO"}
     listing, others, seen = [], 0, set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=print, followlinks=True):
         inside, real = os.path.relpath(folder, root), os.path.realpath(folder)
         above = os.path.join(os.path.realpath(root), "").startswith(os.path.join(real, ""))
         place = inside.split(os.sep)[0], real
@@ -495,19 +468,14 @@ def list_pictures(root):
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if name[0] != "." and name not in SERVERS_FOLDERS]
+        folders[:] = [name for name in folders if name[0] != "." and name not in NO_CLASSES]
         for path in (os.path.join(folder, name) for name in files if name[0] != "."):
-            if os.path.splitext(path)[1].lower() in known and os.path.isfile(path):
+            if os.path.splitext(path)[1].lower() in suffixes and os.path.isfile(path):
                 info = os.stat(path)
                 listing.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns))
             else:
                 others += 1
     return sorted(listing), others
-
-
-Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large pictures are wanted
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
-
 
 def read_picture(root, size, path):
     """The centre square of a picture, upright, on white -> uint8 (3, size, size), or None."""
@@ -534,13 +502,12 @@ def read_picture(root, size, path):
     except Exception as error:  # Pillow has one for every way in which a file can be broken
         print(f"left out {path}: {error}")
 
-
 # ---- Bits per dimension ------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(args, model, process, classes, device, dtype):
-    """Print a network's bound on the images of --data, and write the mean of each L_t. Of digits and
-    cifar10, these are images that no run trains on. Unless every term is computed, each image's
+    """Print a network's bound on the images of --data, and write the mean of each L_t. Those of
+    digits and cifar10 are images that no run trains on. Unless every term is computed, each image's
     bound is estimated twice: the difference shows the error due to timesteps and noise."""
     steps = args.eval_steps and select_timesteps(args.eval_steps, args.T - 1, args.spacing)
     diffusion = Diffusion(**process, steps=steps).to(device)
@@ -587,7 +554,6 @@ def evaluate(args, model, process, classes, device, dtype):
         np.savetxt(path, table, "%d,%.6g,%d", header="t,bits_per_dim,draws", comments="")
         print(f"wrote {path}")
 
-
 # ---- From the command line to the run ----------------------------------------------------------
 
 PROCESS = {"schedule", "T", "variance"}
@@ -596,7 +562,6 @@ SHAPE = {"image_size", "low_res", "class_cond", "channels", "channel_mult", "num
 EVAL = {"ckpt", "eval_images", "eval_steps", "eval_calls", "spacing"}
 MAY_CHANGE = EVAL | {"data", "out", "init", "device", "dtype", "compile", "steps", "accum",
                      "log_every", "sample_every", "save_every", "eval_only"}  # fmt: skip
-
 
 def parse_args(argv):
     """The flags, and the checkpoint to resume, to measure or to begin with ({}: none). The paper's
@@ -657,7 +622,6 @@ def parse_args(argv):
             parser.error(f"--batch {args.batch} is below {WORLD} ranks × --accum {args.accum}")
     return args, ckpt
 
-
 def main():
     args, ckpt = parse_args(sys.argv[1:])
     process = {key: vars(args)[key] for key in PROCESS}
@@ -685,7 +649,6 @@ def main():
         train(args, network, process, ckpt, device, pick_dtype(args.dtype, device))
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
