@@ -49,8 +49,7 @@ class Diffusion:
 
     Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
     given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
-    16-bit images are computed with in float32. Raises ValueError for arguments out of range.
-    """
+    16-bit images are computed with in float32. Raises ValueError for arguments out of range."""
 
     def __init__(self, schedule="cosine", T=4000, variance="learned", steps=None, time_scale=None):
         if variance not in ("learned", "small", "large"):
@@ -63,11 +62,12 @@ class Diffusion:
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("schedule: betas must be one row of numbers between 0 and 1")
         T = len(betas)
-        timesteps = torch.as_tensor(T if steps is None else steps).cpu()
+        given = torch.as_tensor(T if steps is None else steps).cpu()
+        timesteps = given.long()
         if timesteps.ndim == 0 and 1 <= timesteps <= T:
             timesteps = torch.tensor(select_timesteps(int(timesteps), T - 1))
         rising = timesteps.ndim == 1 and len(timesteps) and (timesteps.diff() > 0).all()
-        if not rising or timesteps.is_floating_point() or timesteps[0] < 0 or timesteps[-1] >= T:
+        if not rising or given.is_floating_point() or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"steps must be 1 … {T}, or a rising list of 0 … {T - 1}, not {steps}")
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
@@ -129,8 +129,7 @@ class Diffusion:
 
     def predict(self, model, x_t, t, y=None):
         """Call the model (only this method does) -> ε and v (or None), each (N, C, H, W)."""
-        out = model(x_t, self.times[t], y)
-        out = out.to(torch.promote_types(x_t.dtype, torch.float32))
+        out = model(x_t, self.times[t], y).to(torch.promote_types(x_t.dtype, torch.float32))
         C, n = x_t.shape[1], out.shape[1]
         if n != 2 * C and (n != C or self.variance == "learned"):
             raise ValueError(f"the model returned {n} channels: ε takes {C}, a learned v {C} more")
@@ -142,7 +141,7 @@ class Diffusion:
         x0_hat = x_t - self._at(self.sqrt_one_minus_alphas_bar, t, x_t) * eps
         x0_hat = x0_hat / self._at(self.sqrt_alphas_bar, t, x_t)  # eq. 9, solved for x0
         if clip:
-            x0_hat = x0_hat.clamp(-1, 1)
+            x0_hat = x0_hat.clamp(-1, 1) + 0 * x0_hat  # 0·∞ is NaN: an infinite ε is no ±1
         mean, log_variance = self.posterior(x0_hat, x_t, t)  # eq. 11; if not clipped, eq. 13
         if self.variance == "large":
             log_variance = self._at(self.log_large, t, x_t).expand_as(x_t)
@@ -167,8 +166,7 @@ class Diffusion:
         "vlb"     T·L_t, an estimate of L_vlb (eq. 4) but for L_T, which has no gradient
         "hybrid"  L_simple + λ·T·L_t (eq. 16). λ = 0.001 is for this L_simple, and for L_t in bits.
                   p's mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
-        x0_hat is never clipped here: a clipped estimate has no gradient.
-        """
+        x0_hat is never clipped here: a clipped estimate has no gradient."""
         learned = ("hybrid",) if self.variance == "learned" else ()  # its second term trains v
         if objective not in ("simple", "vlb", *learned):
             raise ValueError(f"objective {objective!r} with variance {self.variance!r}: try simple")
@@ -313,15 +311,15 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
     -> total (N,), terms (N, num_steps) with NaN where t was not drawn, prior (N,). L_0 is always
     computed. Of t ≥ 1, each image draws one in each of `calls` equal parts of the mass of
     p ∝ (t+1)^-1.2, mixed with 5 % of a uniform p; its term is weighted by 1/p."""
-    T, device = diffusion.num_steps, x0.device
+    N, T, device = len(x0), diffusion.num_steps, x0.device
     p = torch.arange(2, T + 1, device=device) ** -1.2
     p = 0.95 * p / p.sum() + 0.05 / (T - 1)
-    u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, len(x0), device=device)
+    u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, N, device=device)
     ends = p.cumsum(0)[:-1]  # without the last, which is 1: a sum of floats may end below it
     drawn = 1 + torch.searchsorted(ends, u / calls, right=True)
     weights = torch.cat([p.new_ones(1), 1 / (calls * p)])
     total = prior = diffusion.prior(x0)
-    terms = prior.new_full((len(x0), T), math.nan)
+    terms = prior.new_full((N, T), math.nan)
     for t in torch.cat([torch.zeros_like(drawn[:1]), drawn]):
         L_t = diffusion.draw_term(model, x0, t, y)
         terms.scatter_(1, t[:, None], L_t[:, None])
@@ -331,10 +329,9 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
 # ---- Randomness --------------------------------------------------------------------------------
 
 def generator(seed, index, device="cpu", stream="noise"):
-    """A torch.Generator for one use: it depends on the seed, the stream and the index alone. The
-    indices of "noise" are training steps or sampled images; "dropout" has steps and ranks, "order"
-    epochs. Each stream has its own range, so that no two of a seed meet."""
-    start = {"noise": 0, "dropout": 2**30, "order": 2**31}[stream]
+    """A torch.Generator for one use: a function of the seed, the stream and the index, which counts
+    training steps or sampled images ("noise"), steps and ranks ("dropout"), or epochs ("order")."""
+    start = {"noise": 0, "dropout": 2**30, "order": 2**31}[stream]  # so that no two streams meet
     number = (seed * 0x9E3779B1 + start + index) % 2**32  # the CPU reads 32 bits alone
     return torch.Generator(device).manual_seed(number)
 

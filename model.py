@@ -49,7 +49,8 @@ class UNetConfig:
         for resolution, channels in zip(sizes, [m * self.channels for m in mult]):
             attends = resolution in (sizes[-1], *self.attention_resolutions)
             if channels % 4 or (attends and channels % self.num_heads):
-                raise ValueError(f"{channels} channels are no multiple of 4, or of num_heads")
+                needs = f"a multiple of 4 and, with attention, of the {self.num_heads} heads"
+                raise ValueError(f"channels: a resolution has {channels}, which must be {needs}")
 
 class UNet(nn.Module):
     """The UNet that `config` describes; random weights, the last layer of every block zero."""
@@ -270,7 +271,8 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"must be {low} … {high}, not {text}")
+            limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # which argparse prints if the text is no number

@@ -32,25 +32,25 @@ from model import (
 
 positive = number(int, 1)
 parser = argparse.ArgumentParser(
-    allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
+    allow_abbrev=False, description=__doc__, usage="[torchrun] sample.py [flags]",
+    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, 100),
+)  # fmt: skip
 add = parser.add_argument
-add("--ckpt", metavar="FILE|DIR", help="default: the newest run in runs/, else assets/digits.pt")
+add("--ckpt", metavar="FILE|DIR", help="(default: the newest run in runs/, else assets/digits.pt)")
 add("--n", type=positive, help="images (default: 64; with --low-res, one for each small image)")
-add("--sampler", choices=SAMPLERS, default="dpm++", help="default: dpm++")
+add("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++)")
 add("--steps", type=positive, help="calls of the network, at most (default: 25; ancestral: 250)")
-add("--eta", type=number(float, 0, 1), help="share of noise, for --sampler ddim (default: 0)")
-add("--variance", choices=["learned", "small", "large"], help="that of --sampler ancestral "
-    "(default: the checkpoint's)")  # fmt: skip
+add("--eta", type=number(float, 0, 1), help="share of noise, for ddim (default: 0)")
+add("--variance", choices=["learned", "small", "large"], help="for ancestral (default: as trained)")
 add("--class", dest="label", metavar="NAME|K", help="the class (default: all classes in turn)")
-add("--guidance", type=number(float, 0), default=1, help="scale of guidance (default: 1, none)")
+add("--guidance", type=number(float, 0), default=1, help="scale of guidance (default: 1, for none)")
 add("--low-res", metavar="X.npz", help="the small images that an upsampler enlarges")
 add("--seed", type=number(int, 0), default=0, help="the seed of all images (default: 0)")
 add("--batch", type=positive, default=64, help="images at a time, on each rank (default: 64)")
 add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
-add("--dtype", choices=DTYPES, default="auto", help="of matrix products (default: auto)")
-add("--out", metavar="X", default="samples.png", help="X.png, a grid (default: samples.png); "
-    "X.gif, the denoising; X.npz; or a folder")  # fmt: skip
+add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products (default: auto)")
+add("--out", metavar="PATH", default="samples.png", help="X.png, a grid; X.gif, the denoising; "
+    "X.npz; or a folder, with a picture of each image (default: samples.png)")  # fmt: skip
 
 def main():
     # What to draw, with what, and where it goes.
@@ -75,32 +75,39 @@ def main():
     if kind == "folder":
         mine = [i for i in mine if not os.path.exists(f"{args.out}/{i:06}.png")]
     shown = {round(i) for i in np.linspace(last, 0, 40)} if kind == ".gif" else {0}
-    shape = 3, model.config.image_size, model.config.image_size
-    pixels = torch.zeros(0 if kind == "folder" else args.n, len(shown), *shape, dtype=torch.uint8)
+    shape = model.config.in_channels, model.config.image_size, model.config.image_size
+    drawn = torch.zeros(0 if kind == "folder" else args.n, len(shown), *shape, dtype=torch.uint8)
     for start in tqdm(range(0, len(mine), args.batch), "batches", disable=RANK > 0 or None):
         part = list(mine[start : start + args.batch])
         generators = [generator(args.seed, i, device) for i in part]
-        x = randn_like(torch.empty(len(part), *shape, device=device), generators)
+        noise = randn_like(torch.empty(len(part), *shape, device=device), generators)
         y = None if labels is None else labels[part].to(device)
         net_part = net if small is None else partial(net, low_res=small[part].to(device))
         with autocast(device, dtype):
-            steps = walk(diffusion, net_part, x, y, generators=generators)
+            steps = walk(diffusion, net_part, noise, y, generators=generators)
             frames = [x for i, x, _ in steps if i in shown]
         try:
-            frames = torch.stack([to_pixels(x, part) for x in frames], dim=1)
+            pixels = torch.stack([to_pixels(x, part) for x in frames], dim=1)
         except FloatingPointError as error:
             sys.exit(f"{args.ckpt}: {error}")
-        if kind != "folder":
-            pixels[part] = frames
-        for i, image in zip(part, frames[:, -1] if kind == "folder" else []):
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            save(f"{args.out}/{i:06}.png", picture.save, format="png")
+        if kind == "folder":
+            for i, image in zip(part, pixels[:, 0].permute(0, 2, 3, 1).numpy()):
+                save(f"{args.out}/{i:06}.png", Image.fromarray(image).save, format="png")
+        else:
+            drawn[part] = pixels
 
-    # One file of the images of all ranks.
+    # One file of the images of all ranks: the last frames, or a film of all frames.
     if WORLD > 1:
-        dist.all_reduce(pixels)  # the images of other ranks are 0 here
-    if RANK == 0 and kind != "folder":
-        save_together(args.out, kind, pixels, labels, ckpt["classes"])
+        dist.all_reduce(drawn)  # the images of other ranks are 0 here
+    if RANK == 0 and kind == ".npz":
+        arrays = dict(arr_0=drawn[:, 0].permute(0, 2, 3, 1), arr_1=labels)
+        arrays["class_names"] = ckpt["classes"]
+        save(args.out, np.savez, **{k: array for k, array in arrays.items() if array is not None})
+    elif RANK == 0 and kind != "folder":
+        film = [make_picture(frame) for frame in drawn.unbind(1)]
+        times = [60] * (len(film) - 1) + [2000]  # milliseconds
+        gif = dict(format="gif", save_all=True, append_images=film[1:], loop=0, duration=times)
+        save(args.out, film[0].save, **(gif if kind == ".gif" else dict(format="png")))
     if RANK == 0:
         print(args.out)
 
@@ -116,12 +123,12 @@ def choose_sampler(args, config, process):
     if args.eta is not None and args.sampler != "ddim":
         parser.error("--eta is for --sampler ddim")
     if args.variance and args.sampler != "ancestral":
-        parser.error("--variance is for --sampler ancestral; the others do not use it")
+        parser.error("--variance is for --sampler ancestral")
     if args.variance == "learned" and config.out_channels == config.in_channels:
         parser.error(f"--variance learned: {args.ckpt} predicts no variance")
-    T, steps = process["T"], args.steps or (25 if args.sampler == "dpm++" else 250)
+    T, steps = process["T"], args.steps or (250 if args.sampler == "ancestral" else 25)
     if args.steps and args.steps > T:
-        parser.error(f"--steps {args.steps}: {args.ckpt} has {T} timesteps")
+        parser.error(f"--steps {steps}: {args.ckpt} has {T} timesteps")
     timesteps = min(steps, T)
     if args.sampler == "dpm++":
         timesteps = few_steps(T, config.image_size, steps, process["schedule"])
@@ -133,77 +140,61 @@ def choose_inputs(args, config, ckpt):
     """The small images (n, 3, s, s) or None, and the labels (n,) or None. Sets args.n by them."""
     classes = ckpt["classes"] or [str(k) for k in range(config.num_classes or 0)]
     small, chosen = None, classes
-    if (args.low_res is None) != (config.low_res is None):
-        kind = "an" if config.low_res else "no"
-        parser.error(f"--low-res: {args.ckpt} is {kind} upsampler")
+    if bool(args.low_res) != bool(config.low_res):
+        parser.error(f"--low-res: {args.ckpt} is {'an' if config.low_res else 'no'} upsampler")
     if args.low_res:
         small, chosen = load_small(args.low_res, config.low_res)
-    args.n = args.n or (64 if small is None else len(small))
-    small = small if small is None else small[torch.arange(args.n) % len(small)]
-    if args.label is not None:
-        chosen = [unicodedata.normalize("NFC", args.label)]
+    args.n = args.n or (len(small) if args.low_res else 64)
+    small = small[torch.arange(args.n) % len(small)] if args.low_res else None
     if not classes:
         if args.label is not None or args.guidance != 1:
-            parser.error(f"--class, --guidance: {args.ckpt} knows no classes")
+            parser.error(f"--class and --guidance: {args.ckpt} knows no classes")
         return small, None
     if args.guidance != 1 and not ckpt["config"].get("label_dropout"):
         parser.error(f"--guidance: {args.ckpt} was trained without --label-dropout")
+    chosen = chosen if args.label is None else [unicodedata.normalize("NFC", args.label)]
     # A class is meant by its name, or else by its number.
-    number = {str(k): k for k in range(len(classes))} | {name: k for k, name in enumerate(classes)}
-    if unknown := [name for name in chosen if name not in number]:
-        parser.error(f"class {unknown[0]} is none of those of {args.ckpt}: {', '.join(classes)}")
+    index = {str(k): k for k in range(len(classes))} | {name: k for k, name in enumerate(classes)}
     if not chosen:
         parser.error(f"--class is needed: {args.low_res} has none")
-    labels = torch.tensor([number[name] for name in chosen])
+    if unknown := [name for name in chosen if name not in index]:
+        parser.error(f"class {unknown[0]}: {args.ckpt} has {', '.join(classes)}")
+    labels = torch.tensor([index[name] for name in chosen])
     return small, labels[torch.arange(args.n) % len(labels)]
 
 def load_small(path, size):
-    """The images of an .npz file of sample.py's, (N, 3, size, size) in [-1, 1], and their classes,
-    names or numbers (N,), or []."""
+    """The small images of an .npz file as sample.py writes them, (N, 3, size, size) in [-1, 1], and
+    the class of each, a name or a number, or []."""
     try:
         with np.load(path) as file:
             images, labels, names = (file.get(k) for k in ("arr_0", "arr_1", "class_names"))
     except (OSError, ValueError) as error:
         parser.error(f"--low-res {path}: {error}")
-    if images is None or images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+    right = images is not None and images.dtype == np.uint8 and len(images)
+    if not right or images.shape[1:] != (size, size, 3):
         parser.error(f"--low-res {path} must hold arr_0, uint8 (N, {size}, {size}, 3)")
-    small = torch.from_numpy(images.transpose(0, 3, 1, 2)) / 127.5 - 1
-    labels = labels if labels is None or names is None else names[labels]
-    return small, [] if labels is None else labels.astype(str).tolist()
+    chosen = [] if labels is None else (labels if names is None else names[labels]).astype(str)
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)) / 127.5 - 1, list(chosen)
 
 # ---- Outputs -----------------------------------------------------------------------------------
 
 def kind_of_output(out):
     """What --out asks for: ".png", ".gif", ".npz" or "folder", which is made before work begins."""
     kind = os.path.splitext(out)[1].lower()
-    if "://" in out or (kind not in ("", ".png", ".gif", ".npz") and not os.path.isdir(out)):
-        parser.error(f"--out {out} must be X.png, X.gif, X.npz or a folder")
     kind = "folder" if kind == "" or os.path.isdir(out) else kind
+    if "://" in out or kind not in ("folder", ".png", ".gif", ".npz"):
+        parser.error(f"--out {out} must be X.png, X.gif, X.npz or a folder")
     try:
         os.makedirs(out if kind == "folder" else os.path.dirname(out) or ".", exist_ok=True)
     except OSError as error:
         parser.error(f"--out {out}: {error.strerror}")
     return kind
 
-def save(path, write, *given, **more):
-    """Have write(file, ...) write a file, which gets its name once it is complete."""
+def save(path, write, **options):
+    """Have write(file, **options) write a file, which gets its name once it is complete."""
     with open(f"{path}.tmp", "wb") as file:
-        write(file, *given, **more)
+        write(file, **options)
     os.replace(f"{path}.tmp", path)
-
-def save_together(path, kind, pixels, labels, classes):
-    """Write uint8 images (N, F, 3, H, W) to one file: the last frame, or all F as a film."""
-    if kind == ".npz":
-        arrays = dict(arr_0=pixels[:, -1].permute(0, 2, 3, 1), arr_1=labels, class_names=classes)
-        save(path, np.savez, **{name: a for name, a in arrays.items() if a is not None})
-        return
-    film = [make_picture(frame) for frame in pixels.unbind(1)]
-    if kind == ".png":
-        save(path, film[-1].save, format="png")
-    else:
-        times = [60] * (len(film) - 1) + [2000]  # milliseconds
-        more = dict(save_all=True, append_images=film[1:], loop=0, duration=times)
-        save(path, film[0].save, format="gif", **more)
 
 if __name__ == "__main__":
     main()

@@ -538,7 +538,7 @@ def evaluate(args, model, process, classes, device, dtype):
     bound, half, prior = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
     if not bound.isfinite().all():
-        raise FloatingPointError(f"the bound of {(~bound.isfinite()).sum()} images is not finite")
+        sys.exit(f"{args.ckpt}: the bound of {(~bound.isfinite()).sum()} images is not finite")
 
     # The mean bound and its standard errors, its parts, and a file of its terms.
     errors = "every term computed" if exact else f"± {half.norm() / n:.4f} (timesteps and noise)"
@@ -631,7 +631,9 @@ def main():
     network |= ckpt.get("unet", {}) | dict(dropout=args.dropout)
     try:
         UNetConfig(**network)
-    except ValueError as error:
+        if not args.eval_only:
+            os.makedirs(args.out, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one rank speaks
@@ -645,7 +647,6 @@ def main():
         model = load_checkpoint(args.ckpt)[0].to(device)
         evaluate(args, model, process, ckpt["classes"], device, dtype)
     else:
-        os.makedirs(args.out, exist_ok=True)
         train(args, network, process, ckpt, device, pick_dtype(args.dtype, device))
     if dist.is_initialized():
         dist.destroy_process_group()
