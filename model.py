@@ -1,8 +1,7 @@
 """The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for Σ of p.
 
-The file holds the network, which knows nothing of schedules or data; then its checkpoints, ours and
-OpenAI's; then what the two scripts share. The layers have the order and shapes of
-openai/improved-diffusion's, whose published weights load here.
+First stands the network, which knows nothing of schedules or data; then its checkpoints; then what
+the two scripts share. The layers have the order and shapes of openai/improved-diffusion's.
 """
 
 import argparse
@@ -211,14 +210,12 @@ def load_checkpoint(path):
     """A UNet with the averaged weights, in eval mode, and the checkpoint: a dict whose "diffusion"
     are Diffusion's arguments, "classes" the names of the classes or None, and "config" the flags of
     training. path is a file of train.py, its directory, or a file that OpenAI released, known by
-    its name. Raises OSError, or ValueError if the file is no checkpoint."""
+    its name. Raises ValueError if there is no such file or it is no checkpoint."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        ckpt = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is damaged, or no checkpoint") from error
+        raise ValueError(f"{path} is missing, damaged, or no checkpoint") from error
     names = [name for name in OPENAI_FILES if os.path.basename(path).startswith(name)]
     if names and "unet" not in ckpt:
         ckpt = from_openai(ckpt, *OPENAI_FILES[names[0]])

@@ -58,7 +58,7 @@ def main():
     args.ckpt = args.ckpt or newest_checkpoint()
     try:
         model, ckpt = load_checkpoint(args.ckpt)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
     diffusion, walk = choose_sampler(args, model.config, ckpt["diffusion"])
     small, labels = choose_inputs(args, model.config, ckpt)
