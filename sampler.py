@@ -1,7 +1,7 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 
-This file stands alone. The samplers are modules: .to(device) moves them, and what they have
-learned is their .state_dict(). No method lets the host wait for the device.
+This file stands alone. The samplers are modules: .to(device) moves them, .state_dict() holds what
+they have learned. None lets the host wait for the device.
 """
 
 import torch
@@ -26,8 +26,7 @@ class ImportanceSampler(torch.nn.Module):
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
 
     Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform, as in
-    the released code, so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased.
-    """
+    the released code, so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased."""
 
     def __init__(self, T, history=10, uniform=0.001):
         super().__init__()
@@ -50,8 +49,8 @@ class ImportanceSampler(torch.nn.Module):
         return t, 1 / (self.T * p[t])
 
     def update(self, t, losses):
-        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks must
-        call, and each adds the losses of all. Losses that are not finite are left out."""
+        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call, and
+        each adds the losses of all. Losses that are not finite are left out."""
         t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
         t, finite = t.long(), losses.isfinite()
         same = (t[:, None] == t) & finite  # which losses belong to the same t
@@ -65,8 +64,7 @@ class ImportanceSampler(torch.nn.Module):
 T_SAMPLERS = {"uniform": UniformSampler, "importance": ImportanceSampler}
 
 def gather(rows):
-    """The rows of all ranks one after the other -> one tensor, the same on all. Ranks may differ
-    in their number of rows."""
+    """The rows of all ranks, one rank's after the other's, however many each has -> one tensor."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
     # Lengths go from CPU to CPU where they can, so that the host need not wait for the device.
