@@ -22,13 +22,13 @@ import signal
 import sys
 import time
 import unicodedata
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # MPS has no log_ndtr (for bits/dim)
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -52,8 +52,8 @@ DIGITS = dict(
 )  # fmt: skip
 FOLDER = dict(image_size=64, dropout=0.0, steps=1_500_000, flip=True)
 PRESETS = {"digits": DIGITS, "cifar10": {}}
-MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4),
-         256: (1, 1, 2, 2, 4, 4)}  # channel_mult of an image size  # fmt: skip
+# The channel_mult of an image size; of all others, 64 among them, (1, 2, 3, 4).
+MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
 def numbers(text):
     return () if text == "none" else tuple(map(number(int, 1), text.split(",")))
@@ -93,8 +93,9 @@ add("--warmup", type=natural, default=0, help="updates in which the rate rises t
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
 add("--grad-clip", type=number(float, 0), default=0, help="the largest norm of a gradient; 0: any")
 add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
-add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
+FIXED = vars(parser.parse_args([])).keys() - {"data"}  # no flag above may change in a resumed run
 add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
+add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
 add("--out", metavar="DIR", help="the run's directory; None: runs/ and the data's name")
 add("--device", choices=DEVICES, default="auto", help="where to compute")
 add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products")
@@ -115,11 +116,8 @@ add("--spacing", type=number(float, 1), default=1.0, help="of --eval-steps; 3: d
 # ---- Training ----------------------------------------------------------------------------------
 
 def train(args, network, process, ckpt, device, dtype):
-    """Train a network until args.steps updates are made.
-
-    network, process  UNetConfig's and Diffusion's arguments
-    ckpt              the checkpoint of the run to resume, the weights to begin with, or {}
-    """
+    """Train a network until args.steps updates are made. network and process: UNetConfig's and
+    Diffusion's arguments. ckpt: the run to resume, the weights to begin with, or {}."""
     # The data and the network.
     images, labels, classes = load_data(args, ckpt.get("classes"))
     network |= dict(num_classes=classes and len(classes))
@@ -150,11 +148,13 @@ def train(args, network, process, ckpt, device, dtype):
     stop = catch_signals()
 
     for step in tqdm(range(start, args.steps), "updates", disable=RANK > 0 or None):
-        # Learning rate and batch. All that is random follows from the seed and the step.
+        # Learning rate and batch. All that is random follows from the seed and the step: dropout
+        # and the terms of the log's bound are drawn from torch's global generator.
         lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
         optimizer.param_groups[0]["lr"] = lr
         x0, y, t, weights, noise = load_batch(args, images, labels, t_sampler, step, device)
-        seed_rank(args.seed, step)
+        own = generator(args.seed, step * WORLD + RANK, stream="dropout")
+        torch.manual_seed(own.initial_seed())
 
         # Gradients, one part of the batch after the other.
         losses, n = [], len(x0)
@@ -165,9 +165,8 @@ def train(args, network, process, ckpt, device, dtype):
             if WORLD > 1:  # the ranks exchange gradients only in the last part
                 net.require_backward_grad_sync = part.stop == n
             with autocast(device, dtype):
-                loss, _ = diffusion.losses(
-                    net_part, x0[part], t[part], y_part, noise[part], args.objective
-                )
+                inputs = x0[part], t[part], y_part, noise[part]
+                loss, _ = diffusion.losses(net_part, *inputs, args.objective)
             # The mean over the whole batch, once DDP has divided by the number of ranks.
             scaler.scale(weights[part] @ loss * (WORLD / args.batch)).backward()
             losses.append(loss.detach())
@@ -210,8 +209,8 @@ def train(args, network, process, ckpt, device, dtype):
 # ---- What the loop calls -----------------------------------------------------------------------
 
 def catch_signals():
-    """-> a tensor that becomes the number of a signal to stop. The same signal again stops at once;
-    torchrun, which itself sends a Ctrl-C again, waits for 30 seconds instead."""
+    """A tensor (1,) that becomes the number of a signal to stop. The same signal again stops at
+    once; under torchrun, which itself sends a Ctrl-C again, it does nothing."""
     stop = torch.zeros(1, dtype=torch.int64)
     again = signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
 
@@ -246,19 +245,12 @@ def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=generator(seed, epoch, stream="order")).numpy()
 
 def to_device(images, labels, rows, device):
-    """The images of some rows, as float32 in [-1, 1], and their labels or None."""
-
-    def move(array):
-        tensor = torch.from_numpy(np.asarray(array))
-        if device.type == "cuda":  # from pinned memory, the host need not wait for the device
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
-    return move(images[rows]).float() / 127.5 - 1, None if labels is None else move(labels[rows])
-
-def seed_rank(seed, step):
-    """Seed torch's global generator, from which dropout and the terms of the bound are drawn."""
-    torch.manual_seed(generator(seed, step * WORLD + RANK, stream="dropout").initial_seed())
+    """The images (n, 3, S, S) of n rows, float32 in [-1, 1], and their labels (n,) or None."""
+    tensors = [torch.from_numpy(each[rows]) for each in (images, labels) if each is not None]
+    if device.type == "cuda":  # from pinned memory, the host need not wait for the device
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    x0, *y = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    return x0.float() / 127.5 - 1, y[0] if y else None
 
 def give_low_res(net, x0, size):
     """The network; if it is an upsampler, with the small images, x0 averaged down to size."""
@@ -279,7 +271,7 @@ def begin_log(args, start, n):
     seen = gather(torch.tensor([[start, n]]))
     if (seen != seen[0]).any():
         sys.exit(f"the ranks see other checkpoints or images: update, images {seen.tolist()}")
-    path, rows = os.path.join(args.out, "log.csv"), []
+    path, rows = f"{args.out}/log.csv", []
     if RANK == 0:
         if start and os.path.exists(path):
             rows = [row for row in open(path).readlines()[1:] if int(row.split(",")[0]) <= start]
@@ -303,7 +295,7 @@ def write_row(args, step, sums, bound, lr, seconds):
     sums.zero_()
     loss, norm, bits = (loss / taken, norm / taken, bound.item()) if taken else [math.nan] * 3
     if RANK == 0:
-        with open(os.path.join(args.out, "log.csv"), "a") as file:
+        with open(f"{args.out}/log.csv", "a") as file:
             row = f"{step},{loss:.6g},{bits:.6g},{norm:.6g},{lr:.6g},{skipped:.0f},{seconds:.1f}"
             print(row, file=file)
     left = tqdm.format_interval(seconds / step * (args.steps - step))
@@ -330,14 +322,14 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
             small = F.interpolate(x0, args.low_res, mode="area")
             x = torch.stack([F.interpolate(small, args.image_size), x, x0], dim=1).flatten(0, 1)
         tiles.append(to_pixels(x, range(len(x))))
-    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    os.makedirs(f"{args.out}/samples", exist_ok=True)
     make_picture(torch.cat(tiles), columns).save(f"{args.out}/samples/{step:07}.png")
 
 # ---- Data --------------------------------------------------------------------------------------
 
 def load_data(args, known=None, held_out=False):
-    """-> uint8 images (N, 3, S, S), int64 labels (N,) or None, the names of the classes or None.
-    known: the names of a trained network's classes, by which those of the images are matched."""
+    """The images, uint8 (N, 3, S, S), their labels, int64 (N,) or None, and the classes' names or
+    None. known: the names of a trained network's classes, which are to be matched."""
     size, data = args.image_size, args.data
     if LOCAL_RANK > 0:
         gather(torch.zeros(1))  # the first rank of each machine draws, downloads or decodes alone
@@ -394,81 +386,60 @@ def load_cifar10(held_out):
 def load_npz(path):
     """The images of an .npz file and the name of the class of each, or None. It holds arr_0 or
     images, uint8 (N, S, S, 3), and maybe arr_1 or labels (N,), names or indices of class_names."""
-    with np.load(path) as file:
-        images = file.get("images", file.get("arr_0"))
-        labels, names = file.get("labels", file.get("arr_1")), file.get("class_names")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        parser.error(f"--data {path} holds no images or arr_0, uint8 (N, S, S, 3)")
-    if labels is None:
-        return images.transpose(0, 3, 1, 2), None
-    if labels.shape != images.shape[:1]:
-        parser.error(f"--data {path}: {len(images)} images, but labels {labels.shape}")
-    labels = labels if names is None else names[labels]
-    return images.transpose(0, 3, 1, 2), labels.astype(str).tolist()
+    try:
+        with np.load(path) as file:
+            images = file.get("images", file.get("arr_0"))
+            labels, names = file.get("labels", file.get("arr_1")), file.get("class_names")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        parser.error(f"--data {path}: {error}")
+    right = images is not None and images.dtype == np.uint8 and len(images)
+    square = right and images.shape[1:] == (*2 * images.shape[1:2], 3)
+    if not square or (labels is not None and labels.shape != images.shape[:1]):
+        parser.error(f"--data {path} must hold images, uint8 (N, S, S, 3), and labels (N,) or none")
+    if labels is not None:
+        labels = (labels if names is None else names[labels]).astype(str).tolist()
+    return images.transpose(0, 3, 1, 2), labels
 
 def load_folder(root, size):
-    """All pictures below root -> memory-mapped (N, 3, size, size), and the class of each: the name
-    of its subfolder, or "". They are decoded once, into a file of data/cache which ends in their
-    numbers and a digest of the listing. Those that cannot be read are tried again at each start."""
+    """All pictures below root, memory-mapped (N, 3, size, size), and the class of each: the name of
+    its subfolder, or "". They are decoded once, into a file of data/cache that begins with a digest
+    of the listing and, for each picture, whether it could be read. Those that could not are tried
+    again at each start."""
     listing, others = list_pictures(root)
-    place, paths = os.path.realpath(root), [path for path, *_ in listing]
+    paths, place = np.array([path for path, *_ in listing], object), os.path.realpath(root)
     key, digest = (hashlib.sha256(repr(each).encode()).digest() for each in (place, listing))
     cache = f"data/cache/{os.path.basename(place)[:40]}-{size}-{key.hex()[:12]}"
-    read, pixels = functools.partial(read_picture, root, size), 3 * size * size
+    read, readable = functools.partial(read_picture, root, size), np.zeros(len(paths), bool)
+    if os.path.exists(cache) and np.fromfile(cache, np.uint8, len(digest)).tobytes() == digest:
+        readable = np.fromfile(cache, bool, len(paths), offset=len(digest))
+    if not readable.any() or any(read(path) is not None for path in paths[~readable]):
+        readable = decode(cache, digest, paths, read)
+    n = int(readable.sum())
+    print(f"{root}: left out {len(paths) - n} unreadable pictures, {others} other files")
+    if n == 0:
+        sys.exit(f"--data {root}: no picture could be read")
+    start = len(digest) + len(paths)
+    images = np.memmap(cache, np.uint8, "c", start, (n, 3, size, size))  # "c": changes stay private
+    return images, [os.path.dirname(path).split(os.sep)[0] for path in paths[readable]]
 
-    def cached():
-        """The numbers of the pictures in the cache; none if it is not there or of another listing."""
-        n = (os.path.getsize(cache) - 32) // (pixels + 4) if os.path.exists(cache) else 0
-        tail = np.fromfile(cache, np.uint8, offset=n * pixels).tobytes() if n else b""
-        return np.frombuffer(tail[:-32] if tail[-32:] == digest else b"", np.int32)
-
-    lost = sorted(set(range(len(paths))) - set(cached()))
-    if len(lost) == len(paths) or any(read(paths[i]) is not None for i in lost):
-        decode(cache, paths, read, digest)
-    numbers = cached()
-    print(f"{root}: left out {len(paths) - len(numbers)} unreadable pictures, {others} other files")
-    images = np.memmap(cache, np.uint8, "c", shape=(len(numbers), 3, size, size))  # "c": not shared
-    return images, [os.path.dirname(paths[i]).split(os.sep)[0] for i in numbers]
-
-def decode(cache, paths, read, digest):
-    """Write a cache under a temporary name, then rename it."""
-    os.makedirs(os.path.dirname(cache), exist_ok=True)
-    for old in glob.glob(glob.escape(cache) + ".*.tmp"):
-        if time.time() - os.path.getmtime(old) > 86_400:  # of a decoding that was killed
-            os.remove(old)
-    numbers, tmp = [], f"{cache}.{os.getpid()}.tmp"
-    with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
-            for i, picture in enumerate(pool.map(read, paths[start : start + 256]), start):
-                if picture is not None:
-                    file.write(picture.tobytes())
-                    numbers.append(i)
-        file.write(np.array(numbers, np.int32).tobytes() + digest)
-    if not numbers:
-        os.remove(tmp)
-        sys.exit(f"--data: none of {len(paths)} pictures could be read")
-    os.replace(tmp, cache)
-
-# Not entered, besides hidden folders and runs: what file servers and archives keep for themselves.
-NO_CLASSES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-Image.MAX_IMAGE_PIXELS = None  # these limits guard servers; here, large pictures are wanted
+NO_CLASS = (".", "@eaDir", "#recycle", "$RECYCLE", "__MACOSX")  # hidden, or of file servers
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limits guard servers; here, large pictures are wanted
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 def list_pictures(root):
     """[(path below root, size, time)] of all pictures, and the number of other files. Links are
     followed, but not to folders above root, nor twice to a folder for one class."""
-    kinds = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, kind in kinds if kind in Image.OPEN or kind == "MPO"}
+    suffixes, home = Image.registered_extensions(), os.path.realpath(root)
     listing, others, seen = [], 0, set()
     for folder, folders, files in os.walk(root, onerror=print, followlinks=True):
         inside, real = os.path.relpath(folder, root), os.path.realpath(folder)
-        above = os.path.join(os.path.realpath(root), "").startswith(os.path.join(real, ""))
         place = inside.split(os.sep)[0], real
+        above = os.path.commonpath([home, real]) == real
         if inside != "." and (above or place in seen or "ckpt.pt" in files):
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if name[0] != "." and name not in NO_CLASSES]
+        folders[:] = [name for name in folders if not name.startswith(NO_CLASS)]
         for path in (os.path.join(folder, name) for name in files if name[0] != "."):
             if os.path.splitext(path)[1].lower() in suffixes and os.path.isfile(path):
                 info = os.stat(path)
@@ -477,21 +448,37 @@ def list_pictures(root):
                 others += 1
     return sorted(listing), others
 
+def decode(cache, digest, paths, read):
+    """Write a cache under a temporary name, then rename it. Returns which paths could be read."""
+    os.makedirs(os.path.dirname(cache), exist_ok=True)
+    for old in glob.glob(glob.escape(cache) + ".*.tmp"):
+        if time.time() - os.path.getmtime(old) > 86_400:  # of a decoding that was killed
+            os.remove(old)
+    tmp, readable = f"{cache}.{os.getpid()}.tmp", np.zeros(len(paths), bool)
+    with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
+        file.write(digest + readable.tobytes())
+        for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
+            for i, picture in enumerate(pool.map(read, paths[start : start + 256]), start):
+                if picture is not None:
+                    file.write(picture.tobytes())
+                    readable[i] = True
+        file.seek(len(digest))
+        file.write(readable.tobytes())
+    os.replace(tmp, cache)
+    return readable
+
 def read_picture(root, size, path):
-    """The centre square of a picture, upright, on white -> uint8 (3, size, size), or None."""
+    """The centre square of a picture, upright, on white: uint8 (3, size, size), or None."""
     try:
         with Image.open(os.path.join(root, path)) as image:
             image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction
             image.load()
         if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("32 bits a pixel, whose range is not known")
-        key = image.info.get("transparency")
         with contextlib.suppress(Exception):  # damaged EXIF is no reason to lose the picture
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel
-            grey = np.asarray(image)
-            grey = np.where(grey == key, 65535, grey) if isinstance(key, int) else grey
-            image = Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -500,7 +487,7 @@ def read_picture(root, size, path):
     except MemoryError:
         raise
     except Exception as error:  # Pillow has one for every way in which a file can be broken
-        print(f"left out {path}: {error}")
+        print(f"left out {path!r}: {error}")
 
 # ---- Bits per dimension ------------------------------------------------------------------------
 
@@ -516,7 +503,7 @@ def evaluate(args, model, process, classes, device, dtype):
         parser.error(f"{len(classes)} classes; the network has {model.config.num_classes}")
     rows = epoch_order(args.seed, 0, len(images))[: args.eval_images]
     n, mine = len(rows), rows[RANK::WORLD]
-    seed_rank(args.seed, 0)  # each rank has its own noise
+    torch.manual_seed(generator(args.seed, RANK, stream="dropout").initial_seed())
     exact, calls = args.eval_calls >= diffusion.num_steps, args.eval_calls // 2 - 1
 
     # For each image the bound, half the difference of two estimates, and the prior. For each t the
@@ -548,11 +535,12 @@ def evaluate(args, model, process, classes, device, dtype):
     L_t, t = sums / draws, draws.nonzero().flatten()
     kls = (bound - prior).mean() - L_t[0]
     print(f"L_0 {L_t[0]:.4f}, KLs {kls:.4f}, L_T {prior.mean():.6f}")
+    folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
+    path = os.path.join(folder, "terms.csv")
     if RANK == 0:
-        folder = args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt)
-        table, path = torch.stack([t, L_t[t], draws[t]], 1), os.path.join(folder, "terms.csv")
+        table = torch.stack([t, L_t[t], draws[t]], 1)
         np.savetxt(path, table, "%d,%.6g,%d", header="t,bits_per_dim,draws", comments="")
-        print(f"wrote {path}")
+    print(f"wrote {path}")
 
 # ---- From the command line to the run ----------------------------------------------------------
 
@@ -560,8 +548,6 @@ PROCESS = {"schedule", "T", "variance"}
 SHAPE = {"image_size", "low_res", "class_cond", "channels", "channel_mult", "num_res_blocks",
          "attention_resolutions", "num_heads"}  # fmt: skip
 EVAL = {"ckpt", "eval_images", "eval_steps", "eval_calls", "spacing"}
-MAY_CHANGE = EVAL | {"data", "out", "init", "device", "dtype", "compile", "steps", "accum",
-                     "log_every", "sample_every", "save_every", "eval_only"}  # fmt: skip
 
 def parse_args(argv):
     """The flags, and the checkpoint to resume, to measure or to begin with ({}: none). The paper's
@@ -570,32 +556,32 @@ def parse_args(argv):
     data = data_parser.parse_known_args(argv)[0].data
     parser.set_defaults(**PRESETS.get(data, FOLDER))
     args = parser.parse_args(argv)
-    name = os.path.basename(os.path.realpath(data)).removesuffix(".npz")
-    out = args.out or os.path.join("runs", name)
+    if data.endswith(".npz") and os.path.exists(data):
+        parser.set_defaults(image_size=load_npz(data)[0].shape[-1])
+    out = args.out or "runs/" + os.path.basename(os.path.realpath(data)).removesuffix(".npz")
     resumes = os.path.exists(os.path.join(out, "ckpt.pt")) and not args.eval_only
-    source = (args.ckpt or out) if args.eval_only else out if resumes else args.init
-    ckpt, fixed = {}, set()
+    source = (args.ckpt or out) if args.eval_only else (out if resumes else args.init)
+    ckpt, held, fixed = {}, {}, {}
     if source:
         try:
             ckpt = load_checkpoint(source)[1]
         except (OSError, ValueError) as error:
             parser.error(str(error))
-        held = vars(UNetConfig(**ckpt["unet"])) | dict(variance="learned") | ckpt["diffusion"]
-        held |= dict(class_cond=held["num_classes"] is not None)
-        held = ckpt["config"] if resumes else {key: held[key] for key in SHAPE | PROCESS}
-        fixed = held.keys() - MAY_CHANGE if resumes else SHAPE | {"schedule", "T"}
-        parser.set_defaults(**held)
-        if args.eval_only:
-            parser.set_defaults(data=ckpt["config"].get("data"))
-        elif resumes and not args.out and os.path.realpath(data) != os.path.realpath(held["data"]):
+    if resumes:
+        held, fixed = ckpt["config"], FIXED
+        if not args.out and os.path.realpath(data) != os.path.realpath(held["data"]):
             parser.error(f"--data {data}: {out} has {held['data']}; give another --out")
-        elif not resumes:  # --init takes the averaged weights alone
-            keys = ("unet", "diffusion", "classes", "ema")
-            ckpt = {key: ckpt[key] for key in keys} | dict(model=ckpt["ema"])
-    elif data.endswith(".npz") and os.path.exists(data):
-        parser.set_defaults(image_size=load_npz(data)[0].shape[-1])
+    elif source:
+        held = vars(UNetConfig(**ckpt["unet"])) | ckpt["diffusion"]
+        held |= dict(class_cond=held["num_classes"] is not None)
+        held = {key: held[key] for key in (SHAPE | PROCESS) & held.keys()}
+        fixed = SHAPE | {"schedule", "T"}
+        if args.eval_only:
+            held["data"] = ckpt["config"].get("data")
+        keys = ("unet", "diffusion", "classes", "ema")  # the averaged weights alone
+        ckpt = {key: ckpt[key] for key in keys} | dict(model=ckpt["ema"])
+    parser.set_defaults(**held | dict(out=out, ckpt=source if args.eval_only else None))
     args = parser.parse_args(argv)
-    args.out, args.ckpt = out, source if args.eval_only else None
     for key in sorted(fixed):
         if vars(args)[key] != held[key]:
             flag = f"--{key.removesuffix('_resolutions').replace('_', '-')} {vars(args)[key]}"
@@ -603,11 +589,12 @@ def parse_args(argv):
 
     # What follows from other flags, and what contradicts them.
     args.label_dropout *= args.class_cond
-    args.channel_mult = args.channel_mult or MULTS.get(args.image_size, MULTS[64])
+    args.channel_mult = args.channel_mult or MULTS.get(args.image_size, (1, 2, 3, 4))
     if args.attention_resolutions is None:
         sides = [args.image_size >> level for level in range(len(args.channel_mult))]
         args.attention_resolutions = tuple(side for side in sides if 8 <= side <= 16)
-    if args.data not in PRESETS and not os.path.exists(args.data or ""):
+    there = os.path.isfile if str(args.data).endswith(".npz") else os.path.isdir
+    if args.data not in PRESETS and not there(str(args.data)):
         parser.error(f"--data {args.data} is neither digits, cifar10, a folder nor an .npz file")
     if args.data == "cifar10" and args.image_size != 32:
         parser.error(f"--image-size {args.image_size}: cifar10 has 32")
@@ -618,14 +605,15 @@ def parse_args(argv):
             parser.error("--ckpt, --eval-images, --eval-steps and so on need --eval-only")
         if args.objective == "hybrid" and args.variance != "learned":
             parser.error("--objective hybrid trains a variance; give simple or vlb")
+        if args.variance == "learned" and ckpt.get("unet", {}).get("out_channels") == 3:
+            parser.error(f"--variance learned: {source} predicts no variance")
         if args.batch < WORLD * args.accum:
             parser.error(f"--batch {args.batch} is below {WORLD} ranks × --accum {args.accum}")
     return args, ckpt
 
 def main():
     args, ckpt = parse_args(sys.argv[1:])
-    process = {key: vars(args)[key] for key in PROCESS}
-    process["time_scale"] = ckpt.get("diffusion", {}).get("time_scale")
+    process = ckpt.get("diffusion", {}) | {key: vars(args)[key] for key in PROCESS}
     network = {key: vars(args)[key] for key in SHAPE - {"class_cond"}}
     network |= dict(out_channels=6 if args.variance == "learned" else 3)
     network |= ckpt.get("unet", {}) | dict(dropout=args.dropout)
@@ -648,8 +636,8 @@ def main():
         evaluate(args, model, process, ckpt["classes"], device, dtype)
     else:
         train(args, network, process, ckpt, device, pick_dtype(args.dtype, device))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     main()
