@@ -99,6 +99,8 @@ class Diffusion:
 
     def _at(self, table, t, x):
         """The table's value for each image, in at least float32, shaped to multiply x."""
+        if not x.is_floating_point():
+            raise ValueError(f"x0 and x_t must be floating-point numbers, not {x.dtype}")
         if t.device.type == "cpu" and not ((t >= 0) & (t < self.num_steps)).all():
             raise ValueError(f"t must be 0 … {self.num_steps - 1}, not {t.tolist()}")
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -108,8 +110,6 @@ class Diffusion:
 
     def add_noise(self, x0, t, noise):
         """A sample of q(x_t | x0): x0, noise (N, C, H, W), t (N,) -> x_t (eq. 8, 9)."""
-        if not x0.is_floating_point():
-            raise ValueError(f"x0 must be floating-point numbers in [-1, 1], not {x0.dtype}")
         signal = self._at(self.sqrt_alphas_bar, t, x0) * x0
         return (signal + self._at(self.sqrt_one_minus_alphas_bar, t, x0) * noise).to(x0.dtype)
 
@@ -234,7 +234,7 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
 def decoder_log_likelihood(x0, mean, log_variance):
     """log p(x0 | x_1) of each element, in nats: a Gaussian integrated over each pixel's bin.
     The 256 bins of [-1, 1] are 2/255 wide; those at ±1 are open to infinity."""
-    inv_std = torch.exp(-0.5 * log_variance)
+    x0, inv_std = x0.to(mean.dtype), torch.exp(-0.5 * log_variance)
     upper = torch.where(x0 > 0.999, 1e6, inv_std * (x0 - mean + 1 / 255))
     lower = torch.where(x0 < -0.999, -1e6, inv_std * (x0 - mean - 1 / 255))
     # log P(lower < z < upper), mirrored into the left tail, where log_ndtr keeps all its digits.
@@ -320,7 +320,7 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
     weights = torch.cat([p.new_ones(1), 1 / (calls * p)])
     total = prior = diffusion.prior(x0)
     terms = prior.new_full((N, T), math.nan)
-    for t in torch.cat([torch.zeros_like(drawn[:1]), drawn]):
+    for t in torch.cat([drawn.new_zeros(1, N), drawn]):
         L_t = diffusion.draw_term(model, x0, t, y)
         terms.scatter_(1, t[:, None], L_t[:, None])
         total = total + weights[t] * L_t
