@@ -252,8 +252,9 @@ def test_timesteps_out_of_range_and_integer_images_are_refused():
             with pytest.raises(ValueError, match=r"\bt must be 0 … 8"):
                 getattr(diffusion, method)(*given)
     t, pixels = torch.tensor([1, 8]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    for method, given in (("add_noise", (pixels, t, x)), ("losses", (toy, pixels, t, None, x))):
-        with pytest.raises(ValueError, match="x0 must be .* not torch.uint8"):
+    for method, given in (("add_noise", (pixels, t, x)), ("losses", (toy, pixels, t, None, x)),
+                          ("prior", (pixels,))):  # fmt: skip
+        with pytest.raises(ValueError, match="x0 .*must be .* not torch.uint8"):
             getattr(diffusion, method)(*given)
 
 def test_the_mean_without_clipping_is_eq_13():
