@@ -263,6 +263,7 @@ def ddim(diffusion, model, x, y=None, clip=True, generators=None, eta=0.0, order
     alphas_bar, before = diffusion.alphas_bar, diffusion.alphas_bar_prev
     variance = eta**2 * diffusion.posterior_variance
     log_snr = (alphas_bar / (1 - alphas_bar)).log()  # Lu et al.'s 2λ
+    previous = None  # the x0_hat of the step before
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full(x.shape[:1], i, device=x.device)
         eps, v = diffusion.predict(model, x, t, y)

@@ -1,36 +1,53 @@
-"""What the code claims, and what shows it: the mathematics, the samplers of t, and the network.
+"""What the code claims, and what shows it.
 
 Mathematics is compared with closed forms, float64 arithmetic written anew, Monte Carlo within 4.5
-standard errors, or numbers from OpenAI's code. GPUs and MPS are hidden: what is claimed to the bit
-is claimed for CPUs, and a wrong device must be wrong everywhere.
+standard errors, or numbers from OpenAI's code. Training is compared with a plain loop, files with
+the bytes that they must hold. The scripts run as a user runs them, on tiny networks; two ranks of
+torchrun work beside the other tests. GPUs and MPS are hidden: what is claimed to the bit is claimed
+for CPUs, and a wrong device must be wrong everywhere.
 """
 
 import argparse
 import collections
+import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import itertools
+import json
 import math
 import os
 import pickle
+import random
 import re
 import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import types
+from argparse import Namespace
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # one thread: tiny networks
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # optimizers import it: now, not while a test has replaced a function of torch
+import torch.distributed as dist
 from numpy.testing import assert_allclose
+from PIL import Image, ImageDraw, ImageFont
 from torch.distributions import Normal, kl_divergence
 
 torch.backends.mps.is_available = functools.cache(lambda: False)
 
 import model as model_file
 import sampler as sampler_file
+import train
 from diffusion import (
     SAMPLERS, SCHEDULES, Diffusion, ancestral, bits, cosine_betas, ddim, decoder_log_likelihood,
     estimate_bits_per_dim, few_steps, generator, guided, linear_betas, normal_kl, randn_like,
@@ -40,7 +57,7 @@ from model import (
     Attention, GroupNorm, ResBlock, UNet, UNetConfig, attend, autocast, from_openai,
     load_checkpoint, make_picture, number, pick_device, pick_dtype, timestep_embedding, to_pixels,
 )  # fmt: skip
-from sampler import ImportanceSampler, UniformSampler
+from sampler import T_SAMPLERS, ImportanceSampler, UniformSampler
 
 LN2 = math.log(2)
 PIXELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -1246,3 +1263,1313 @@ def test_numbers_of_flags_lie_between_their_limits(capsys):
             p.parse_args(wrong.split())
         words = rf"error: argument {wrong[:3]}: (must be|invalid (int|float) value)"
         assert re.search(words, capsys.readouterr().err)
+
+ROOT = os.path.dirname(os.path.abspath(model_file.__file__))
+CPU = torch.device("cpu")
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+# ---- How scripts are run -----------------------------------------------------------------------
+
+def load_script(name):
+    """The names of a script as it is before its main() is run."""
+    return runpy.run_path(os.path.join(ROOT, name))["main"].__globals__
+
+def script(name, *argv, **around):
+    """Run a script in this process, as `python name argv` would -> its exit status. `around` may
+    replace functions of the script, by functions that are given the original before all else."""
+    handlers, stdout = [signal.getsignal(number) for number in SIGNALS], sys.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, argv)])
+        try:
+            names = load_script(name)
+            names |= {key: functools.partial(new, names[key]) for key, new in around.items()}
+            names["main"]()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            return 1 if isinstance(stop.code, str) else stop.code or 0
+        finally:
+            sys.stdout = stdout
+            torch.use_deterministic_algorithms(False)
+            for number, handler in zip(SIGNALS, handlers):
+                signal.signal(number, handler)
+    return 0
+
+class Killed(BaseException):
+    """What no handler catches: all that is then on disk is what a kill leaves there."""
+
+def kill(*_, **__):
+    raise Killed
+
+def at_steps(steps, act):
+    """For script(load_batch=...): call act(batch) in the updates after so many others."""
+    def load_batch(original, *given):
+        batch = original(*given)
+        if given[4] in steps:
+            act(batch)
+        return batch
+    return load_batch
+
+# A tiny network on x.npz, and one with all that can be switched on.
+SMALL = (
+    "--class-cond --channels 8 --channel-mult 1 --num-res-blocks 1 --attention none --num-heads 2"
+    " --T 4 --batch 8 --device cpu --dtype fp32 --sample-every 0 --data x.npz"
+).split()
+FULL = SMALL + (
+    "--objective vlb --t-sampler importance --accum 2 --grad-clip 1 --warmup 4 --dropout 0.2"
+    " --label-dropout 0.3 --flip --lr 0.01 --ema 0.3 --seed 3 --log-every 3 --save-every 2"
+).split()  # fmt: skip
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+
+def make_npz(path="x.npz", n=10, size=8):
+    """Write n images of random pixels in the classes 0, 1 and 2 -> the pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    np.savez(path, arr_0=pixels, arr_1=np.arange(n) % 3)
+    return pixels
+
+@pytest.fixture
+def with_arrays(here):
+    """A folder to work in that holds x.npz."""
+    make_npz()
+
+def put(path, data=b"no picture"):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+
+def picture(path, colour="red", size=(8, 8)):
+    """A picture of one colour."""
+    put(path)
+    Image.new("RGB", size, colour).save(path)
+
+TINY = dict(image_size=8, channels=8, channel_mult=(1,), num_res_blocks=1, num_heads=2,
+            attention_resolutions=())  # fmt: skip
+
+def checkpoint(path, T=20, schedule="cosine", noise=0.1, classes=None, label_dropout=0, **changes):
+    """Save a tiny network of random weights -> the network."""
+    torch.manual_seed(0)
+    config = TINY | dict(dropout=0.0, num_classes=classes and len(classes)) | changes
+    model = UNet(UNetConfig(**config)).eval()
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn_like(parameter)
+    process = dict(schedule=schedule, T=T, variance="learned", time_scale=None)
+    put(path)
+    torch.save(dict(unet=vars(model.config), ema=model.state_dict(), diffusion=process,
+                    classes=classes, config=dict(label_dropout=label_dropout)), path)  # fmt: skip
+    return model
+
+def saved(run="run"):
+    return torch.load(os.path.join(run, "ckpt.pt"), weights_only=True)
+
+def log(run="run"):
+    """The rows of log.csv, as numbers."""
+    head, *rows = open(os.path.join(run, "log.csv")).read().splitlines()
+    assert head == "step,loss,bits_per_dim,grad_norm,lr,skipped,seconds"
+    return [[float(x) for x in row.split(",")] for row in rows]
+
+def states(run="run"):
+    """All that changes in a run, but for the time; what is compared to the bit."""
+    ckpt = saved(run)
+    ckpt["optimizer"] = ckpt["optimizer"]["state"]
+    names = "model ema optimizer t_sampler scaler sums step".split()
+    return {name: ckpt[name] for name in names if name in ckpt}
+
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+
+def assert_is_the_same_run(one, other):
+    same(states(one), states(other))
+    assert [row[:6] for row in log(one)] == [row[:6] for row in log(other)]
+
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks(request, tmp_path_factory):
+    """Two ranks of torchrun that do what do_two_ranks, below, says, beside the tests that come
+    first -> their folder and process."""
+    if not any("ranks" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("ranks")
+    make_npz(folder / "x.npz")
+    checkpoint(folder / "c.pt", classes=["0", "1", "2"], noise=0.3)
+    for name in "abc":
+        picture(folder / f"p/{name}/1.png")
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, *sys.path])}
+    with open(folder / "output", "w") as output:
+        command = [sys.executable, *torchrun, __file__]
+        ranks = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=env)
+        yield folder, ranks
+    ranks.terminate()
+
+# ---- train.py: flags ---------------------------------------------------------------------------
+
+PAPER = dict(
+    data="cifar10", image_size=32, class_cond=False, low_res=None, flip=False, batch=128, seed=0,
+    schedule="cosine", T=4000, variance="learned", channels=128, channel_mult=(1, 2, 2, 2),
+    num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4, dropout=0.3, objective="hybrid",
+    t_sampler="uniform", lr=1e-4, warmup=0, ema=0.9999, grad_clip=0, label_dropout=0.0, init=None,
+    out="runs/cifar10", device="auto", dtype="auto", compile=False, steps=500_000, accum=1,
+    log_every=100, sample_every=10_000, save_every=1_000, eval_only=False, ckpt=None,
+    eval_images=10_000, eval_steps=None, eval_calls=10, spacing=1.0,
+)  # fmt: skip
+DIGITS = PAPER | dict(
+    data="digits", image_size=16, class_cond=True, label_dropout=0.1, T=1000, channels=32,
+    channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1200,
+    batch=64, lr=2e-3, warmup=100, ema=0.995, grad_clip=1.0, log_every=40, sample_every=400,
+    save_every=200, out="runs/digits",
+)  # fmt: skip
+FOLDER = PAPER | dict(
+    data="p", image_size=64, channel_mult=(1, 2, 3, 4), dropout=0.0, steps=1_500_000, flip=True,
+    out="runs/p",
+)  # fmt: skip
+SAVED = FOLDER | TINY | dict(T=20, class_cond=True)  # by checkpoint()
+
+def parsed(*argv):
+    return vars(load_script("train.py")["parse_args"]([str(word) for word in argv])[0])
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", DIGITS),
+    ("--data cifar10", PAPER),
+    ("--data p", FOLDER),
+    ("--data cifar10 --class-cond --label-dropout 0.2 --flip --out o",
+     PAPER | dict(class_cond=True, label_dropout=0.2, flip=True, out="o")),
+    ("--data p --low-res 16 --no-flip --schedule linear",
+     FOLDER | dict(low_res=16, flip=False, schedule="linear")),
+    ("--data p/x.npz", FOLDER | dict(  # the size of the arrays
+        data="p/x.npz", image_size=24, out="runs/x", attention_resolutions=(12,))),
+    ("--attention none --lr 0", DIGITS | dict(attention_resolutions=(), lr=0)),
+    ("--eval-only --ckpt c.pt --data p --eval-calls 4 --eval-steps 5 --spacing 3",
+     SAVED | dict(eval_only=True, ckpt="c.pt", eval_calls=4, eval_steps=5, spacing=3)),
+    ("--init c.pt --data p --dropout 0.1", SAVED | dict(init="c.pt", dropout=0.1)),
+])  # fmt: skip
+def test_flags_are_the_papers_then_those_of_the_data_then_what_is_typed(flags, expected, here):
+    os.makedirs("p")
+    make_npz("p/x.npz", size=24)
+    checkpoint("c.pt", classes=["a", "b"])
+    assert parsed(*flags.split()) == expected
+
+OTHER = dict(  # than in FULL; what a resumed run may not change, and what it may
+    image_size=16, class_cond=None, low_res=4, schedule="linear", T=5, channels=16,
+    channel_mult="1,1", num_res_blocks=2, attention_resolutions="8", num_heads=4, label_dropout=0.5,
+    flip=None, objective="simple", variance="small", t_sampler="uniform", dropout=0.5, batch=5,
+    lr=0.5, warmup=9, ema=0.1, grad_clip=2, seed=6,
+)  # fmt: skip
+FREE = dict(data="y.npz", device="auto", dtype="bf16", steps=7, accum=4, log_every=1,
+            sample_every=5, save_every=9)  # fmt: skip
+
+def test_a_resumed_run_keeps_what_it_is_and_may_change_how_it_runs(whole, with_arrays, capsys):
+    os.rename("x.npz", "y.npz")
+    names, config = load_script("train.py"), saved(whole)["config"]
+    names["load_checkpoint"], parse = functools.cache(names["load_checkpoint"]), names["parse_args"]
+    assert config == parsed(*FULL, "--data", whole / "x.npz", "--steps", 9, "--out", whole)
+    more = "init out compile eval_only ckpt eval_images eval_steps eval_calls spacing".split()
+    assert config.keys() == {*OTHER, *FREE, *more}
+    def words(name, value):
+        name = "--" + name.removesuffix("_resolutions").replace("_", "-")
+        return [name, str(value)] if value is not None else ["--no-" + name[2:]]
+    measure = ["--data", "y.npz", "--eval-only", "--ckpt", str(whole)]
+    for i, (name, value) in enumerate(OTHER.items()):
+        for source in (["--out", str(whole)], measure)[: 1 + (i < 10)]:  # the shape, and T
+            with pytest.raises(SystemExit):
+                parse([*source, *words(name, value)])
+            assert words(name, 0)[0] in capsys.readouterr().err.splitlines()[-1], name
+    free = [word for item in FREE.items() for word in words(*item)]
+    args, ckpt = parse(["--out", str(whole), "--compile", *free])
+    assert vars(args) == config | FREE | dict(compile=True) and ckpt["step"] == 9
+    assert parsed("--out", whole) == config  # nothing typed
+    parse([*measure, "--variance", "small", "--batch", "3"])
+    assert parsed("--out", "new", "--data", "y.npz")["T"] == 4000  # another run
+    for size, mult in {16: (1, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}.items():
+        assert parsed("--data", ".", "--image-size", size)["channel_mult"] == mult
+
+BAD = """
+    train.py --image-size 0; train.py --label-dropout 1.1; train.py --ema nan; train.py --lr -1
+    train.py --channel-mult 1,,2; train.py --objective mse; train.py --device gpu; train.py --step 3
+    train.py --accum 0; train.py --data nowhere; train.py --data no.npz; train.py --data file
+    train.py --data cifar10 → --image-size 8; train.py --eval-steps 3; train.py --low-res 3 → low
+    train.py --init nowhere → nowhere; train.py --init file → file; train.py --num-heads 3 → heads
+    train.py --eval-only --ckpt nowhere → nowhere; train.py --accum 9 --batch 8 → --batch 8
+    train.py --objective hybrid --variance small; train.py --attention 5 → 5
+    train.py --data float.npz; train.py --data wide.npz → wide; train.py --data labels.npz
+    sample.py --ckpt no → no; sample.py --ckpt file → file; sample.py --n 0; sample.py --steps 21
+    sample.py --class X → X; sample.py --guidance 2; sample.py --eta 0.5; sample.py --out x.jpg
+    sample.py --out s3://b/x.npz; sample.py --low-res x.npz; sample.py --variance small
+""".replace("\n", ";").split(";")
+
+@pytest.mark.parametrize("line", [line.strip() for line in BAD if line.strip()])
+def test_what_is_typed_wrong_is_refused_by_name_and_leaves_nothing(line, here, capsys):
+    pixels = make_npz()
+    np.savez("float.npz", arr_0=pixels / 255)
+    np.savez("wide.npz", arr_0=pixels[:, 2:])
+    np.savez("labels.npz", arr_0=pixels, arr_1=np.arange(9))
+    put("file")
+    checkpoint("c.pt", classes=["2", "0", "dog"])
+    before = sorted(os.walk("."))
+    line, _, named = line.partition(" → ")
+    name, *flags = line.split()
+    given = [*SMALL, "--image-size", 8] if name == "train.py" else ["--ckpt", "c.pt"]
+    assert script(name, *given, "--device", "cpu", "--steps", 1, *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"{name}: error: ") and (named or flags[0]) in error
+    assert sorted(os.walk(".")) == before
+
+def test_a_run_says_and_stores_what_it_is(with_arrays, capsys):
+    flags = "--steps 8 --log-every 3 --warmup 16 --out".split()
+    assert script("train.py", *SMALL, *flags, "run") == 0
+    out, ckpt, rows = capsys.readouterr().out, saved(), log()
+    for word in ("batch=8", "channel_mult=(1,)", "lr=0.0001", "10 images", "run/ckpt.pt"):
+        assert word in out, word
+    assert ckpt["config"] == parsed(*SMALL, *flags, "run") and ckpt["step"] == 8
+    assert dict(schedule="cosine", T=4, variance="learned").items() <= ckpt["diffusion"].items()
+    assert ckpt["classes"] == ["0", "1", "2"] and ckpt["unet"]["num_classes"] == 3
+    assert "scaler" not in ckpt and set(os.listdir("run")) == {"ckpt.pt", "log.csv"}
+    assert [row[0] for row in rows] == [3, 6, 8]
+    assert [row[4] for row in rows] == pytest.approx([1e-4 * n / 16 for n in (3, 6, 8)])
+    assert 0 <= rows[0][6] <= rows[1][6] <= rows[2][6] < 60
+    torch.save(ckpt | {"seconds": 1000.0}, "run/ckpt.pt")  # from which they go on
+    assert script("train.py", "--out", "run", "--steps", 9) == 0
+    assert 1000 <= saved()["seconds"] < 1060 and 1000 <= log()[-1][6] < 1060
+
+# ---- train.py: what a step sees ----------------------------------------------------------------
+
+def marked_images():
+    """Ten images of 4×6 pixels and their labels 100 … 109. Image i has the values i+1, 101+i and
+    201+i in red, green and blue, but for its upper left pixel, which is 0, 255, 128."""
+    images = np.empty((10, 3, 4, 6), np.uint8)
+    images[:] = np.arange(10)[:, None, None, None] + np.array([1, 101, 201])[:, None, None]
+    images[:, :, 0, 0] = [0, 255, 128]
+    return images, np.arange(100, 110)
+
+def seen(step, **changes):
+    """What load_batch gives for a step of training on the marked images: x0, y, t, weights, noise;
+    and which of the images these are."""
+    args = Namespace(**dict(batch=4, seed=0, flip=False, label_dropout=0.0) | changes)
+    batch = train.load_batch(args, *marked_images(), UniformSampler(8), step, CPU)
+    return *batch, (batch[0][:, 0, 2, 3] * 127.5 + 127.5 - 1).round().int().tolist()
+
+def test_an_epoch_shows_each_image_once_with_its_label_in_an_order_of_its_own():
+    batches = [seen(step) for step in range(10)]  # 40 images: step 2 ends one epoch, begins another
+    order = [i for batch in batches for i in batch[5]]
+    assert [k for batch in batches for k in batch[1].tolist()] == [100 + i for i in order]
+    epochs = [order[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert all(epochs[i] != epochs[j] for i in range(4) for j in range(i))
+    assert seen(0, batch=10, seed=1)[5] not in epochs
+    assert seen(0, batch=35)[5] == order[:35]  # more images than there are
+
+def test_images_are_mirrored_and_lose_their_labels_by_chance_and_noise_and_t_are_random():
+    steps, B, T = 40, 64, 8
+    batches = [seen(step, batch=B, flip=True, label_dropout=0.3) for step in range(steps)]
+    for x0, y, _, weights, _, numbers in batches:
+        assert x0.shape == (B, 3, 4, 6) and x0.dtype == torch.float32 and (weights == 1).all()
+        true = torch.from_numpy(marked_images()[0][numbers]).double() * 2 / 255 - 1
+        mirrored = x0[:, 0, 0, 5] == -1
+        true[mirrored] = true[mirrored].flip(3)  # left to right
+        assert (x0 - true).abs().max() < 2e-7 and x0.min() == -1 and x0.max() == 1
+        assert all(k in (-1, 100 + i) for k, i in zip(y.tolist(), numbers))
+    x0, y, t, _, noise = (torch.cat([batch[k] for batch in batches]) for k in range(5))
+    mirrored, hidden, n = x0[:, 0, 0, 5] == -1, y == -1, steps * B
+    for which, share in ((mirrored, 0.5), (hidden, 0.3), (mirrored & hidden, 0.15)):
+        assert abs(which.double().mean() - share) < 5 * (share * (1 - share) / n) ** 0.5
+        assert len({tuple(step.tolist()) for step in which.view(steps, B)}) == steps
+    assert abs(torch.bincount(t) / n - 1 / T).max() < 5 * (1 / T / n) ** 0.5 and t.max() == T - 1
+    assert len({tuple(step.tolist()) for step in t.view(steps, B)}) == steps
+    m = noise.numel()
+    assert abs(noise.mean()) < 5 / m**0.5 and abs(noise.var() - 1) < 5 * (2 / m) ** 0.5
+    assert len(noise[:, 0, 0, 0].unique()) == n  # each image of each step has its own
+    correlations = torch.corrcoef(noise.flatten(1).T) - torch.eye(72)  # of the pixels
+    assert correlations.abs().max() < 6 / n**0.5
+    # Without the flags, nothing of this; the same step again sees the same, another seed does not.
+    plain, again, other = seen(3, batch=B), seen(3, batch=B), seen(3, batch=B, seed=1)
+    assert (plain[0][:, 0, 0, 0] == -1).all() and (plain[1] >= 100).all()
+    assert all(torch.equal(one, two) for one, two in zip(plain[:5], again[:5]))
+    assert not torch.equal(plain[2], other[2]) and not torch.equal(plain[4], other[4])
+
+# ---- train.py: the loop ------------------------------------------------------------------------
+
+def plain_training(config, unet):
+    """A run as the paper has it -> the first network, the last, its average, the sampler of t, and
+    the log's rows."""
+    with np.load("x.npz") as file:
+        images, labels = file["arr_0"].transpose(0, 3, 1, 2), file["arr_1"]
+    torch.manual_seed(config.seed)
+    model = UNet(UNetConfig(**unet))
+    if config.init:
+        model.load_state_dict(torch.load(config.init, weights_only=True)["ema"])
+    first, average, net = copy.deepcopy(model), copy.deepcopy(model), model
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    process = Diffusion(config.schedule, config.T, config.variance)
+    sampler = T_SAMPLERS[config.t_sampler](config.T)
+    rows, recent = [], []
+    for k in range(1, config.steps + 1):
+        batch = train.load_batch(config, images, labels, sampler, k - 1, CPU)
+        x0, y, t, importance, noise = batch
+        if config.low_res:
+            side = config.image_size // config.low_res
+            blocks = x0.unflatten(3, (-1, side)).unflatten(2, (-1, side)).mean((3, 5))
+            net = functools.partial(model, low_res=blocks)
+        loss, _ = process.losses(net, x0, t, y, noise, config.objective)
+        optimizer.zero_grad()
+        (importance * loss).mean().backward()
+        gradients = torch.cat([w.grad.flatten() for w in model.parameters()])
+        clip = min(1, config.grad_clip / gradients.norm()) if config.grad_clip else 1
+        lr = config.lr * min(1, k / config.warmup) if config.warmup else config.lr
+        optimizer.param_groups[0]["lr"] = lr
+        for w in model.parameters():
+            w.grad *= clip
+        optimizer.step()
+        decay = min(config.ema, k / (9 + k))
+        for mean, w in zip(average.parameters(), model.parameters()):
+            mean.data = decay * mean.data + (1 - decay) * w.data
+        sampler.update(t, loss.detach())
+        recent.append([(importance * loss).mean().item(), gradients.norm().item()])
+        if k % config.log_every == 0 or k == config.steps:
+            rows.append([k, *np.mean(recent, axis=0), lr])
+            recent = []
+    return first, model, average, sampler, rows
+
+def assert_is_plain_training(run):
+    """A run's checkpoint and log are those of the plain loop, within ten times the errors that five
+    seeds had. Clipped to 1e-8, gradients are so small beside Adam's ε that rounding is not
+    amplified; else Adam may make a step of ±lr of what is mere rounding."""
+    state = saved(run)
+    config = Namespace(**state["config"])
+    first, *plain, sampler, expected = plain_training(config, state["unet"])
+    linear = config.grad_clip == 1e-8
+    for part, network in zip(("model", "ema"), plain):
+        found, mine, begun = (torch.cat([w.flatten() for w in each.values()]) for each in (
+            state[part], network.state_dict(), first.state_dict()))  # fmt: skip
+        far, way = (found - mine).abs(), (mine - begun).abs()
+        assert far.quantile(0.98) < 2e-3 * way.mean() and way.mean() > 1e-4, part
+        assert far.norm() < (1e-4 if linear else 0.1) * way.norm(), part
+    for row, wanted in zip(log(run), expected, strict=True):
+        assert row[:2] + row[3:5] == pytest.approx(wanted, rel=3e-4)
+        assert row[5] == 0 and 0 < row[2] < 100
+    if config.t_sampler == "importance":
+        assert torch.equal(state["t_sampler"]["counts"], sampler.counts)
+        assert min(sampler.counts) >= 10  # the weights were not 1 throughout
+
+@pytest.mark.parametrize("flags", [
+    "--objective simple --variance small --label-dropout 0.3 --steps 7 --ema 0.3 --flip",
+    "--objective vlb --low-res 2 --no-flip --schedule linear --init init.pt --ema 0.1",
+    "--objective hybrid --accum 2 --warmup 4 --t-sampler importance --init init.pt --ema 0.3",
+    "--objective vlb --accum 3 --warmup 100 --t-sampler importance --init init.pt --ema 0.9",
+])  # fmt: skip
+def test_training_is_the_plain_loop_of_the_paper(flags, with_arrays):
+    given = "--lr 1 --grad-clip 1e-8" if "init" in flags else "--lr 0.01"
+    shape = dict(channel_mult=(1, 2), attention_resolutions=(4,))
+    shape |= dict(low_res=2, schedule="linear") if "low-res" in flags else {}
+    checkpoint("init.pt", classes=["0", "1", "2"], T=4, **shape)
+    given += " --channel-mult 1,2 --attention 4 --log-every 5 --steps 11 --out run"
+    assert script("train.py", *SMALL, *given.split(), *flags.split()) == 0
+    assert_is_plain_training("run")
+
+def test_what_a_network_counts_is_in_its_average(with_arrays):
+    class Counting(UNet):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("count", torch.zeros(()))
+        def forward(self, *given, **more):
+            self.count += self.training
+            return super().forward(*given, **more)
+    flags = "--steps 3 --accum 2 --log-every 1 --sample-every 3 --out run".split()
+    assert script("train.py", *SMALL, *flags, UNet=lambda _, config: Counting(config)) == 0
+    assert saved()["model"]["count"] == saved()["ema"]["count"] == 6
+
+def see_network(patch, out=None):
+    """Record what the network is given -> a list of dicts of x, t, y, low_res and the dtype."""
+    seen, forward = [], UNet.forward
+    def spy(self, x, t, y=None, low_res=None):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        seen.append(dict(x=x, t=t, y=y, low_res=low_res, dtype=dtype))
+        return (out or forward)(self, x, t, y, low_res)
+    patch.setattr(UNet, "forward", spy)
+    return seen
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_that_of_the_products_and_not_of_what_is_learned(dtype, with_arrays, monkeypatch):
+    seen, compiled = see_network(monkeypatch), []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    flags = "--steps 1 --lr 1 --grad-clip 1e-8 --compile --out run --dtype".split()
+    assert script("train.py", *SMALL, *flags, dtype.replace("loat", "p").replace("bfp", "bf")) == 0
+    assert {call["dtype"] for call in seen} == {getattr(torch, dtype)} and len(compiled) == 1
+    seen.clear()
+    assert script("train.py", *SMALL, *flags[:-4], "--out", "exact") == 0
+    assert {call["dtype"] for call in seen} == {torch.float32} and len(compiled) == 1
+    # The gradient's norm, and the first update of a network that begins as 0, are nearly the same.
+    state, exact = saved("run"), saved("exact")
+    assert log("run")[0][1:4] == pytest.approx(log("exact")[0][1:4], rel=0.03)
+    for part, name in itertools.product(("model", "ema"), ("out.2.weight", "out.2.bias")):
+        far = (state[part][name] - exact[part][name]).norm()
+        assert state[part][name].dtype == torch.float32
+        assert far < 0.03 * exact[part][name].norm() and exact[part][name].norm() > 0
+    assert ("scaler" in state) == (dtype == "float16") and "scaler" not in exact
+
+# ---- train.py: the log, and resuming -----------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 9 updates with all that can be switched on: its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_npz(folder / "x.npz")
+    assert script("train.py", *FULL, "--data", folder / "x.npz", "--steps", 9, "--out", folder) == 0
+    return folder
+
+def test_the_log_estimates_the_bound_of_the_weights_themselves_without_dropout(here):
+    # A resumed run whose weights no longer change, and whose average is far from them.
+    pixels = make_npz(n=16)
+    flags = "--lr 0 --dropout 0.5 --ema 1 --batch 16 --log-every 1 --out run --steps".split()
+    assert script("train.py", *SMALL, *flags, 1) == 0
+    model = checkpoint("other.pt", classes=["0", "1", "2"], noise=0.3)
+    torch.save(saved() | dict(model=model.state_dict(), step=10**6), "run/ckpt.pt")
+    assert script("train.py", "--out", "run", "--steps", 10**6 + 10) == 0
+    rows, process = np.array([row[2] for row in log()[1:]]), Diffusion(T=4)
+    x0, y = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, torch.arange(16) % 3
+    exact = [sum(part.sum() for part in process.bits_per_dim(model, x0, y)) / 16 for _ in range(10)]
+    error = (np.var(rows, ddof=1) / 10 + np.var(exact, ddof=1) / 10) ** 0.5
+    assert len(rows) == 10 and abs(rows.mean() - np.mean(exact)) < 4 * error < 0.05 * rows.mean()
+
+def test_a_killed_run_resumes_to_the_bit(whole, with_arrays):
+    flags = [*FULL, "--save-every", 4, "--steps", 9, "--out", "run"]
+    with pytest.raises(Killed):
+        script("train.py", *flags, load_batch=at_steps([7], kill))
+    assert saved()["step"] == 4 and [row[0] for row in log()] == [3, 6]
+    with pytest.raises(Killed):  # resumed, and killed at once: row 6, after the checkpoint, is cut
+        script("train.py", "--out", "run", load_batch=at_steps([5], kill))
+    assert [row[0] for row in log()] == [3]
+    for _ in range(2):  # the flags are the run's; a finished run is left as it is
+        assert script("train.py", "--out", "run") == 0
+        assert_is_the_same_run("run", whole)
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_stops_and_the_run_resumes_to_the_bit(number, whole, with_arrays):
+    def unheard(*_):  # rather than to end pytest, if train.py does not listen to the signal
+        raise RuntimeError(f"{number} was not handled")
+    before = signal.signal(number, unheard)
+    flags = [*FULL, "--sample-every", 5, "--save-every", 1000, "--steps", 9, "--out", "run"]
+    stop = at_steps([4, 6], lambda _: signal.raise_signal(number))
+    assert script("train.py", *flags, load_batch=stop) == 128 + number
+    assert saved()["step"] == 5 and not os.path.exists("run/samples")  # nobody waits for a grid
+    signal.signal(number, signal.SIG_IGN)  # as under nohup: then it stops nothing
+    flags = "--out run --sample-every 0".split()
+    assert script("train.py", *flags, load_batch=stop) == 0
+    signal.signal(number, before)
+    assert_is_the_same_run("run", whole)
+
+def test_a_run_killed_at_random_moments_resumes_and_a_second_signal_ends_it_at_once(with_arrays):
+    def start(path, *argv, **around):
+        """Run train.py in a process of its own until there is this file -> its id."""
+        child = os.fork()
+        if child == 0:
+            with contextlib.redirect_stdout(io.StringIO()):
+                script("train.py", *argv, **around)
+            os._exit(0)
+        while not os.path.exists(path) and time.monotonic() < begin + 60:
+            time.sleep(0.01)
+        return child
+    def hang(_):
+        put("hangs")
+        time.sleep(60)
+    begin = time.monotonic()
+    flags = [*SMALL, "--out", "hanging", "--steps", 9]
+    hanging = start("hangs", *flags, load_batch=at_steps([1], hang))
+    os.kill(hanging, signal.SIGTERM)
+    flags = [*FULL, "--steps", 24, "--out", "run", "--save-every"]
+    for _ in range(2):
+        child = start("run/ckpt.pt", *flags, 1)
+        time.sleep(random.uniform(0, 0.4))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    time.sleep(1.1)
+    os.kill(hanging, signal.SIGTERM)
+    status = os.waitpid(hanging, 0)[1]
+    assert os.WIFSIGNALED(status) and time.monotonic() < begin + 40  # not after the update
+    for out in ("run", "once"):
+        assert script("train.py", *flags, 100, "--out", out) == 0
+    assert_is_the_same_run("run", "once")
+
+# ---- train.py: numbers that are not finite -----------------------------------------------------
+
+def spoil_noise(batch):
+    batch[4][0, 0, 0, 0] = math.nan
+
+def test_an_update_without_finite_gradient_is_skipped_and_counted(with_arrays, capsys):
+    flags = SMALL + "--t-sampler importance --lr 0.01 --ema 0.3 --log-every 4".split()
+    found, how = [], dict(load_batch=at_steps([1, 4], spoil_noise))
+    for out, steps in (("one", 1), ("run", 2), ("run", 6)):
+        assert script("train.py", *flags, "--steps", steps, "--out", out, **how) == 0
+        found.append(states(out))
+    before, after, last = found
+    same(before["model"], after["model"])
+    same(before["optimizer"], after["optimizer"])
+    for name, average in before["ema"].items():  # the average goes on: to step 2, by 2/11
+        mean = 2 / 11 * average + 9 / 11 * before["model"][name]
+        assert torch.allclose(after["ema"][name], mean, atol=1e-6)
+    # The losses of the other seven images are kept, but no loss that is not finite.
+    counts = [state["t_sampler"]["counts"].sum() for state in found]
+    assert counts == [8, 15, 46] and last["t_sampler"]["losses"].isfinite().all()
+    assert all(w.isfinite().all() for w in [*last["model"].values(), *last["ema"].values()])
+    assert not torch.equal(after["model"]["out.2.weight"], last["model"]["out.2.weight"])
+    rows = log()  # whose means are those of the updates that were made
+    assert [[row[0], row[5]] for row in rows] == [[2, 1], [4, 0], [6, 1]]
+    assert np.isfinite(rows).all() and rows[0][1:4:2] == log("one")[0][1:4:2]
+    assert "1 updates skipped" in capsys.readouterr().out
+
+def test_a_row_without_a_finite_update_is_nan_and_ends_the_run(with_arrays):
+    flags = SMALL + "--log-every 2 --steps 9 --save-every 2 --out run".split()
+    with pytest.raises(FloatingPointError):
+        script("train.py", *flags, load_batch=at_steps([1, 2, 3], spoil_noise))
+    one, two = log()
+    assert one[5] == 1 and np.isfinite(one).all() and np.isnan(two[1:3]).all()
+    assert two[:1] + two[4:6] == [4, 1e-4, 2] and saved()["step"] == 2
+
+def test_fp16_halves_its_scale_until_gradients_are_finite_and_resumes_to_the_bit(with_arrays):
+    flags = SMALL + "--dtype fp16 --dropout 0.1 --lr 0.01 --log-every 99 --steps".split()
+    assert script("train.py", *flags, 1, "--out", "once") == 0
+    first = saved("once")
+    assert first["scaler"]["scale"] == 2**16
+    torch.save(first | {"scaler": first["scaler"] | {"scale": 2.0**24}}, "once/ckpt.pt")
+    shutil.copytree("once", "parts")
+    for out, steps in (("parts", 12), ("parts", 15), ("once", 15)):
+        assert script("train.py", "--out", out, "--steps", steps) == 0
+    same(states("parts"), states("once"))
+    skipped = log("once")[-1][5]
+    assert 0 < skipped < 14 and saved("once")["scaler"]["scale"] == 2 ** (24 - skipped)
+
+# ---- train.py: grids of samples ----------------------------------------------------------------
+
+def cells(image, columns, size):
+    """The images of a grid of enlarged pixels between black lines: uint8 (N, 3, size, size)."""
+    image = Image.open(image) if isinstance(image, str) else image
+    pixels, cell = np.asarray(image.convert("RGB")), size * max(1, 64 // size)
+    line = (pixels.shape[1] - columns * cell) // (columns + 1)
+    corners = itertools.product(*(range(line, n - line, cell + line) for n in pixels.shape[:2]))
+    places = [np.s_[y : y + cell : cell // size, x : x + cell : cell // size] for y, x in corners]
+    return torch.from_numpy(np.stack([pixels[place] for place in places])).permute(0, 3, 1, 2)
+
+def drawn(model, process, n, y, sampler="dpm++", steps=25, seed=0, **options):
+    """What a model draws from the noise of images 0 … n-1, as whole numbers (n, 3, 8, 8)."""
+    if sampler == "dpm++":
+        steps = few_steps(process["T"], 8, steps, process["schedule"])
+    generators = [generator(seed, i) for i in range(n)]
+    noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generators])
+    walk = Diffusion(**process, steps=steps)
+    x = walk.sample(model, noise, y, sampler, generators=generators, **options)
+    return ((x.clamp(-1, 1) + 1) * 127.5).round()
+
+def assert_close(one, other):
+    """Pixels are the same, but for the last bit of a sum, which the size of a batch changes."""
+    one, other = (torch.tensor(np.asarray(x)).double() for x in (one, other))
+    assert one.shape == other.shape and (one - other).abs().max() <= 1
+
+def test_a_grid_shows_what_the_averaged_weights_draw(whole, with_arrays, monkeypatch):
+    assert script("train.py", *FULL, *"--steps 9 --sample-every 8 --out run".split()) == 0
+    assert sorted(os.listdir("run/samples")) == ["0000008.png", "0000009.png"]
+    assert_is_the_same_run("run", whole)  # which has drawn none
+    found, y = cells("run/samples/0000009.png", 8, 8), torch.arange(64) % 3
+    model, ckpt = load_checkpoint("run")
+    assert_close(found, drawn(model, ckpt["diffusion"], 64, y, seed=3))
+    assert found.float().std(0).min() > 0  # the images differ, at each pixel
+    monkeypatch.setattr(Diffusion, "sample", kill)  # a grid that cannot be drawn costs no update
+    with pytest.raises(Killed):
+        script("train.py", *"--out run --steps 11 --sample-every 10".split())
+    assert saved()["step"] == 10
+
+def test_grids_take_25_steps_and_parts_as_in_training(with_arrays, monkeypatch):
+    sizes, sample = [], Diffusion.sample
+    monkeypatch.setattr(Diffusion, "sample", lambda self, net, noise, *given, **more: sizes.append(
+        len(noise)) or sample(self, net, noise, *given, **more))  # fmt: skip
+    flags = "--T 60 --schedule linear --lr 0.1 --batch 32 --accum 2 --steps 2 --sample-every 9"
+    assert script("train.py", *SMALL, *flags.split(), "--no-class-cond", "--out", "run") == 0
+    assert script("train.py", *SMALL, *flags.split(), "--low-res", 4, "--out", "up") == 0
+    assert sizes == [16] * 5
+    model, ckpt = load_checkpoint("run")
+    found = cells("run/samples/0000002.png", 8, 8)
+    assert_close(found, drawn(model, ckpt["diffusion"], 64, None))
+    tiles = cells("up/samples/0000002.png", 12, 8).reshape(16, 3, 3, 8, 8)  # small, drawn, true
+    file, k = np.load("x.npz"), torch.arange(16) % 10
+    images, labels = (torch.from_numpy(file[name])[k] for name in ("arr_0", "arr_1"))
+    images = images.permute(0, 3, 1, 2)
+    blocks = images.float().unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))
+    assert_close(tiles[:, 0], blocks.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    model, ckpt = load_checkpoint("up")
+    model = functools.partial(model, low_res=blocks / 127.5 - 1)
+    assert_close(tiles[:, 1], drawn(model, ckpt["diffusion"], 16, labels))
+    assert (tiles[:, 2] == images).all()
+
+# ---- train.py: a folder of images --------------------------------------------------------------
+
+COLOURS = dict(red=(255, 0, 0), lime=(0, 255, 0), blue=(0, 0, 255), white=(255,) * 3)
+
+def nearest(pixels):
+    """The names of colours (N, 3)."""
+    return [min(COLOURS, key=lambda c: abs(x - COLOURS[c]).sum()) for x in pixels.astype(int)]
+
+def load(data="p", classes=False, size=8):
+    """load_data -> the colour of each picture; or pairs of it and the name of its class."""
+    args = Namespace(data=data, image_size=size, class_cond=classes, seed=0)
+    images, labels, names = train.load_data(args)
+    assert images.dtype == np.uint8 and images.shape[1:] == (3, size, size)
+    colours = nearest(np.array(images[:, :, size // 2, size // 2]))
+    return list(zip(colours, [names[k] for k in labels])) if classes else colours
+
+def test_classes_are_subfolders_and_what_is_no_picture_is_said(here, capsys):
+    for path, colour in {
+        "dog/a.png": "red", "dog/b.PNG": "lime", "cat/deep/er/c.jpg": "blue", "10/x.webp": "white",
+        "9/x.png": "red", "cafe\u0301/a.png": "lime", "caf\u00e9/b.png": "blue",
+        # What is not looked at: hidden names, what file servers keep, and runs.
+        ".git/x.png": "red", "cat/.x.png": "red", "cat/.thumbs/x.png": "red", "@eaDir/x.png": "red",
+        "#recycle/x.png": "red", "cat/@eaDir/x.png": "red", "run/samples/0000001.png": "red",
+    }.items():  # fmt: skip
+        picture(f"p/{path}", colour)
+    for path in ("run/ckpt.pt", "Thumbs.db", "cat/notes.txt", "cat/README", "dog/no.jpg"):
+        put(f"p/{path}")
+    put("p/dog/cut.png", open("p/dog/a.png", "rb").read()[:40])
+    os.mkfifo("p/dog/fifo.png")  # to open it would wait for ever
+    os.symlink("nowhere", "p/dog/gone.png")
+    assert sorted(load(classes=True)) == [
+        ("blue", "café"), ("blue", "cat"), ("lime", "café"), ("lime", "dog"), ("red", "9"),
+        ("red", "dog"), ("white", "10"),
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert "dog/cut.png" in out and "dog/no.jpg" in out and "7 images" in out
+    picture("p/loose.png")
+    assert len(load()) == 8
+    put("q/a.png")
+    for data in ("p", "q"):  # not every image has a class; no image can be read
+        with pytest.raises(SystemExit):
+            load(data, classes=True)
+
+def test_labels_stay_with_their_images_however_long_one_takes(here):
+    large = np.random.default_rng(0).integers(200, 256, (2500, 2500, 3), np.uint8)
+    large[..., :2] = 0
+    put("p/a/0.png")
+    Image.fromarray(large).save("p/a/1.png", compress_level=1)  # the first, decoded last
+    expected = [("blue", "a")]
+    for i in range(40):
+        expected.append((["red", "lime", "white"][i % 3], "bcde"[i // 10]))
+        picture(f"p/{expected[-1][1]}/{i:02}.png", expected[-1][0])
+    assert load(classes=True) == expected == load(classes=True)  # then from the cache
+
+def test_a_folder_is_decoded_once_and_again_if_it_changes(here, monkeypatch):
+    picture("p/a.png", "red")
+    picture("p/b.bmp", "lime")
+    assert load() == load("./p/") == ["red", "lime"]
+    os.symlink("p", "link")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_: pytest.fail("decoded again"))
+        assert load() == load("link") == ["red", "lime"]
+    picture("p/c.png", "blue")
+    assert load() == ["red", "lime", "blue"]
+    os.remove("p/a.png")
+    assert load() == ["lime", "blue"]
+    picture("p/b.bmp", "white")  # of the same size, a minute later
+    os.utime("p/b.bmp", (0, os.path.getmtime("p/b.bmp") + 60))
+    assert load() == ["white", "blue"] and len(os.listdir("data/cache")) == 1
+    picture("q/p/a.png", "lime")  # another folder of the same name, and another size
+    assert load("q/p") == ["lime"] and load(size=16) == ["white", "blue"] == load()
+    shutil.rmtree("data")  # the cache may be deleted at any time
+    assert load() == ["white", "blue"]
+    # A decoding that was killed leaves nothing that is taken for whole, or that stays for ever.
+    (cache,) = os.listdir("data/cache")
+    for name, age in (("killed", 10**6), ("now", 0)):
+        put(f"data/cache/{cache}.{name}.tmp")
+        os.utime(f"data/cache/{cache}.{name}.tmp", (time.time() - age,) * 2)
+    picture("p/d.png", "red")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", kill)
+        with pytest.raises(Killed):
+            load()
+    assert load() == ["white", "blue", "red"]
+    left = "".join(os.listdir("data/cache"))
+    assert ".now.tmp" in left and ".killed.tmp" not in left
+
+def test_what_failed_is_named_and_tried_again_at_each_start(here, monkeypatch, capsys):
+    picture("p/a.png", "red")
+    picture("p/b.png", "blue")
+    wrong, opened = [PermissionError(13, "denied")], Image.open
+    def refuse(path, *more):
+        if wrong and str(path).endswith("b.png"):
+            raise wrong[0]
+        return opened(path, *more)
+    monkeypatch.setattr(Image, "open", refuse)
+    for _ in range(2):
+        assert load() == ["red"] and "b.png" in capsys.readouterr().out
+    wrong.clear()  # the file itself has not changed
+    assert load() == ["red", "blue"] and "b.png" not in capsys.readouterr().out
+    wrong[:] = [MemoryError()]  # says nothing about the picture
+    picture("p/c.png")
+    with pytest.raises(MemoryError):
+        load()
+
+def test_links_are_followed_at_any_depth_and_loops_are_cut(here):
+    picture("far/cat/1.png", "red")
+    picture("far/dog/2.png", "blue")
+    for link, target in {
+        "p/a/deep/cat": "../../../far/cat", "p/b/deep/dog": os.path.abspath("far/dog"),
+        "p/b/file.png": "../../far/cat/1.png", "p/a/deep/self": ".", "p/a/up": "..",
+        "p/b/root": os.path.abspath("p"), "p/a/b": "../b", "p/b/deep/out": "../../..",
+        "far/cat/back": os.path.abspath("p"),
+    }.items():  # fmt: skip
+        os.makedirs(os.path.dirname(link), exist_ok=True)
+        os.symlink(target, link)
+    # Each class shows what its links lead to, once: a has what b has, too.
+    expected = [("blue", "a"), ("blue", "b"), ("red", "a"), ("red", "a"), ("red", "b")]
+    assert sorted(load(classes=True)) == expected
+    picture("far/cat/1.png", "white", (9, 9))  # a target changes
+    assert sorted(load()) == ["blue", "blue", "white", "white", "white"]
+
+C = (200, 100, 50)
+ONE = Image.new("RGB", (8, 8), C)
+PALETTE = Image.new("P", (8, 8), 1)
+PALETTE.putpalette([0, 0, 0, *C])
+DEEP = Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))
+BEST = dict(quality=100, subsampling=0)
+OVER_WHITE = tuple(round(255 + (c - 255) * 51 / 255) for c in C)  # alpha 51 of 255
+PICTURES = {  # a file, the image in it and how it is saved, and its colour for the eye
+    "rgb.jpg": (ONE, BEST, C),
+    "grey.png": (Image.new("L", (8, 8), 90), {}, (90,) * 3),
+    "cmyk.jpg": (ONE.convert("CMYK"), BEST, C),
+    "deep.png": (DEEP, {}, (100,) * 3),
+    "alpha.png": (Image.new("RGBA", (8, 8), (*C, 51)), {}, OVER_WHITE),
+    "greyalpha.png": (Image.new("LA", (8, 8), (0, 51)), {}, (204,) * 3),
+    "clear.webp": (Image.new("RGBA", (8, 8), 0), dict(lossless=True), (255,) * 3),
+    "key.png": (ONE, dict(transparency=C), (255,) * 3),
+    "halfpalette.png": (PALETTE, dict(transparency=bytes([0, 51])), OVER_WHITE),
+    "photo.mpo": (ONE, dict(BEST, save_all=True, append_images=[Image.new("RGB", (8, 8))]), C),
+}
+
+def test_each_kind_of_picture_is_read_in_its_colours(here):
+    os.makedirs("p")
+    for name, (image, how, _) in PICTURES.items():
+        image.save(f"p/{name}", **how)
+    for kind in (np.int32, np.float32):  # 32 bits a pixel, whose range is not known
+        Image.fromarray(np.full((8, 8), 100, kind)).save(f"p/{np.dtype(kind)}.tif")
+    images, *_ = train.load_data(Namespace(data="p", image_size=8, class_cond=False))
+    assert len(images) == len(PICTURES)
+    for image, name in zip(images.astype(int), sorted(PICTURES)):
+        assert abs(image - np.reshape(PICTURES[name][2], (3, 1, 1))).max() <= 2, name
+    assert Image.MAX_IMAGE_PIXELS is None  # as of servers; here, large pictures are wanted
+
+def read(path, size=8):
+    return train.read_picture(".", size, path)
+
+def test_channels_rows_and_columns_keep_their_order_and_the_centre_is_taken(here, monkeypatch):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    for x, colour in enumerate(["red"] * 8 + ["red", "lime", "blue", "white"] * 2 + ["blue"] * 8):
+        wide[:, x] = COLOURS[colour]
+    wide[0] = 7  # the upper row
+    for tall in (0, 1):
+        Image.fromarray(wide.swapaxes(0, tall)).save("x.png")
+        assert (read("x.png") == wide[:, 8:16].swapaxes(0, tall).transpose(2, 0, 1)).all()
+    # Made smaller: each pixel is near the mean of those that it stands for. A JPEG may be decoded
+    # at a fraction of its size, but at twice the size at least.
+    y, x = np.mgrid[:256, :256]
+    slope = np.stack([y * 0.9, x * 0.8, 250 - (x + y) * 0.4], 2).astype(np.uint8)
+    mean = slope.reshape(8, 32, 8, 32, 3).mean((1, 3)).transpose(2, 0, 1)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *given, **more: sizes.append(
+        self.size) or resize(self, *given, **more))  # fmt: skip
+    for name, how in {"large.png": {}, "large.jpg": BEST}.items():
+        Image.fromarray(slope).save(name, **how)
+        assert abs(read(name) - mean)[:, 1:-1, 1:-1].max() < 2, name
+    assert read("large.jpg", 32).shape == (3, 32, 32) and sizes[-1] == (64, 64)
+
+# What the four corners of a picture stored as RGBK show, by the orientation in its EXIF, 1 … 8.
+TURNED = "RGBK GRKB KBGR BKRG RBGK BRKG KGBR GKRB".split()
+
+def test_exif_turns_a_picture_in_all_eight_ways_and_costs_none_if_it_is_damaged(here):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8, :8, 0] = pixels[:8, 8:, 1] = pixels[8:, :8, 2] = 255
+    def corners(name, exif, **how):
+        Image.fromarray(pixels).save(name, exif=exif, **how)
+        places = [read(name, 16)[:, i, j] for i in (3, 12) for j in (3, 12)]
+        return "".join("RGB"[p.argmax()] if p.max() > 128 else "K" for p in places)
+    exif = Image.Exif()
+    for exif[0x0112], expected in enumerate(TURNED, 1):
+        for name, how in {"x.jpg": BEST, "x.png": {}, "x.webp": dict(lossless=True)}.items():
+            assert corners(name, exif, **how) == expected, name
+    turn = b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    for entries in (b"\0\x01" + turn.replace(b"\x06", b"\x09"), b"\0\x02" + turn[:9], bytes(9),
+                    b"\0\x02" + turn + b"\x01\x1a\0\x05\0\0\0\x01\0\xff\0\0"):  # beyond the end
+        damaged = b"Exif\0\0MM\0*\0\0\0\x08" + entries + bytes(4)
+        assert corners("x.jpg", damaged, **BEST) in ("RGBK", "BRKG"), entries
+
+# ---- train.py: arrays, CIFAR-10, digits --------------------------------------------------------
+
+class Evil:
+    def __reduce__(self):  # what is done when it is unpickled
+        return open, ("ran", "w")
+
+def test_arrays_are_read_with_their_labels_and_never_run_what_they_hold(here):
+    colours = np.array(list(COLOURS.values()), np.uint8)
+    pixels = np.broadcast_to(colours[:, None, None], (4, 8, 8, 3))
+    for i, (more, expected) in enumerate([
+        (dict(arr_1=np.array([10, 2, 2, 1], np.uint8)), ["10", "2", "2", "1"]),
+        (dict(labels=np.array(list("abca"))), list("abca")),
+        (dict(arr_1=np.array([1, 0, 2, 2]), class_names=np.array(list("cab"))), list("acbb")),
+    ]):  # fmt: skip
+        np.savez(f"{i}.npz", images=pixels, **more)
+        assert load(f"{i}.npz", classes=True) == list(zip(COLOURS, expected))
+    np.savez("x.npz", arr_0=pixels)
+    assert load("x.npz") == list(COLOURS)
+    for name in ("images", "labels"):
+        np.savez(f"{name}.npz", **dict(images=pixels) | {name: np.array([Evil()], dtype=object)})
+        with pytest.raises((ValueError, SystemExit)):
+            load(f"{name}.npz", classes=True)
+    assert not os.path.exists("ran")
+
+def test_cifar10_is_trained_on_and_measured_on_its_test_images(here, monkeypatch, capsys):
+    import torchvision  # which takes seconds
+    # An archive in its format, with 10 images in a batch, where a user may put it.
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    put("s/cifar-10-batches-py/batches.meta", pickle.dumps({"label_names": names}))
+    batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    pixels = np.random.default_rng(0).integers(256, size=(6, 10, 3072), dtype=np.uint8)
+    labels = np.stack([np.roll(range(10), i) for i in range(6)])
+    for name, data, k in zip(batches, pixels, labels.tolist()):
+        put(f"s/cifar-10-batches-py/{name}", pickle.dumps({"data": data, "labels": k}))
+    os.makedirs("data")
+    shutil.make_archive("data/cifar-10-python", "gztar", "s")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x.tar.gz")
+    for module in (torchvision.datasets.utils, torchvision.datasets.cifar):  # whose MD5 is another
+        monkeypatch.setattr(module, "check_integrity", lambda path, *_: os.path.isfile(path))
+    args = Namespace(data="cifar10", image_size=32, class_cond=True, seed=0)
+    for held_out, part in ((False, np.s_[:5]), (True, np.s_[5:])):
+        images, found, classes = train.load_data(args, held_out=held_out)
+        assert (images == pixels[part].reshape(-1, 3, 32, 32)).all() and classes == names
+        assert found.tolist() == labels[part].flatten().tolist()
+    checkpoint("c.pt", T=4, image_size=32)
+    flags = "--eval-only --ckpt c.pt --data cifar10 --eval-calls 4 --device cpu".split()
+    assert script("train.py", *flags) == 0 and "on 10 images" in capsys.readouterr().out
+
+def shape(mask):
+    """What a mask of 0 … 1 shows, without its place and size."""
+    image = Image.fromarray((255 * mask).astype(np.uint8))
+    return np.asarray(image.crop(image.getbbox()).resize((8, 12)), float) / 255
+
+@functools.cache
+def template(digit):
+    image = Image.new("L", (60, 60))
+    ImageDraw.Draw(image).text((10, 5), digit, 255, ImageFont.load_default(size=30))
+    return shape(np.asarray(image) > 90)
+
+def digit_shown(x):
+    """The digit that a picture (3, S, S) shows, and the colour of its paper."""
+    paper = np.median(np.concatenate([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1), 1)
+    far = np.linalg.norm(x - paper[:, None, None], axis=0)
+    found = shape(np.where(far > 0.3 * far.max(), far / far.max(), 0))
+    return min("0123456789", key=lambda k: ((found - template(k)) ** 2).sum()), paper
+
+def test_digits_stand_in_any_place_and_colour_and_follow_from_the_seed():
+    pixels, names = train.draw_digits(300, 16, seed=1)
+    again, same = train.draw_digits(300, 16, seed=1)
+    assert (pixels == again).all() and names == same and set(names) == set("0123456789")
+    papers, room, right = [], [], 0
+    for x, name in zip(pixels.astype(float), names):
+        found, paper = digit_shown(x)
+        right += found == name
+        papers.append(paper)
+        grey = np.tensordot([0.299, 0.587, 0.114], x, 1)
+        ink = abs(grey - np.median(grey))
+        assert ink.max() > 100  # white on dark paper, black on light
+        rows, columns = (ink > 40).nonzero()
+        room.append([rows.min(), 15 - rows.max(), columns.min(), 15 - columns.max()])
+    assert right > 270 and pixels.shape == (300, 3, 16, 16) and pixels.dtype == np.uint8
+    # The colours of paper are uniform: 255/sqrt(12) in each channel, which know nothing of another.
+    assert np.cov(np.array(papers).T) == pytest.approx(255**2 / 12 * np.eye(3), abs=900)
+    # There is as much room on one side as on the other, in the mean, and often none, or much.
+    room = np.array(room)
+    assert abs(room[:, ::2].mean(0) - room[:, 1::2].mean(0)).max() < 1.2
+    assert room.min() == 0 and room.std(0).min() > 1.5 and (room[:, :2].sum(1) <= 9).all()
+
+def test_held_out_digits_are_others_than_those_of_any_seed(monkeypatch):
+    draw, sets = train.draw_digits, []
+    monkeypatch.setattr(train, "draw_digits", lambda n, *given: draw(n // 333, *given))
+    for seed, held_out in itertools.product((0, 1), (False, True)):
+        args = Namespace(data="digits", image_size=16, class_cond=True, seed=seed)
+        images, _, names = train.load_data(args, held_out=held_out)
+        assert len(images) == 60 and names == list("0123456789")
+        sets.append({image.tobytes() for image in images})
+    assert all(not one & other for one, other in itertools.combinations(sets, 2))
+
+# ---- train.py: classes are names ---------------------------------------------------------------
+
+def test_classes_are_matched_by_name_when_resumed_begun_with_or_measured(here, capsys):
+    for name, colour in dict(cat="red", dog="lime", owl="blue").items():
+        picture(f"p/{name}/1.png", colour)
+    picture("q/dog/1.png", "lime")  # some of the classes
+    picture("q/owl/1.png", "blue")
+    picture("r/cat/1.png")
+    picture("r/dig/1.png")  # one that the network does not know
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    pixels[0, ..., 1] = pixels[1, ..., 2] = 255  # lime, blue
+    np.savez("q.npz", arr_0=pixels, arr_1=np.array([1, 0]), class_names=np.array(["owl", "dog"]))
+    pairs = set()
+    def shown(to_device, images, labels, rows, device):
+        pairs.update(zip(nearest(np.asarray(images[rows])[:, :, 4, 4]), labels[rows].tolist()))
+        return to_device(images, labels, rows, device)
+    tiny = [*SMALL, "--image-size", 8, "--steps", 1]
+    assert script("train.py", *tiny, "--data", "p", "--out", "run") == 0
+    measure = "--eval-only --ckpt run --eval-calls 4 --device cpu".split()
+    new = [*tiny, "--init", "run", "--out", "new"]
+    for data, flags in (("q", ["--out", "run", "--steps", 2]), ("q", new), ("q", measure),
+                        ("q.npz", measure)):  # fmt: skip
+        assert script("train.py", *flags, "--data", "r") == 2
+        assert "dig" in capsys.readouterr().err.splitlines()[-1] and not os.path.exists("terms.csv")
+        pairs.clear()
+        assert script("train.py", *flags, "--data", data, to_device=shown) == 0
+        assert pairs == {("lime", 1), ("blue", 2)}
+    assert saved()["step"] == 2 and saved("new")["classes"] == ["cat", "dog", "owl"]
+    assert script("train.py", *measure) == 0  # on the run's own data
+
+# ---- train.py: bits per dimension --------------------------------------------------------------
+
+MEASURE = "--eval-only --data x.npz --ckpt c.pt --device cpu --batch 5".split()
+
+def measured(capsys, *flags, **around):
+    """What --eval-only says: bits/dim, images, [errors], L_0, KLs, L_T; and terms.csv's rows."""
+    assert script("train.py", *MEASURE, *flags, **around) == 0
+    text = capsys.readouterr().out
+    line = r"bits/dim (\S+) on (\d+) images,(.*)\nL_0 (\S+), KLs (\S+), L_T (\S+)\n"
+    total, n, errors, *parts = re.search(line, text).groups()
+    errors = [float(error) for error in re.findall(r"± (\d\S*)", errors)]
+    head, *rows = open("terms.csv").read().splitlines()
+    assert head == "t,bits_per_dim,draws" and "nan" not in text + str(rows)
+    rows = {int(t): (float(L), int(n)) for t, L, n in (row.split(",") for row in rows)}
+    return float(total), int(n), errors, *map(float, parts), rows
+
+@pytest.mark.parametrize("flags, process", [
+    ("", {}), ("--variance large", dict(variance="large")), ("--eval-steps 2", dict(steps=[0, 3])),
+    ("--eval-steps 3 --spacing 2", dict(steps=[0, 1, 3])),
+])  # fmt: skip
+def test_the_exact_bound_is_the_mean_of_all_terms_and_the_prior(flags, process, here, capsys):
+    model = checkpoint("c.pt", T=4)
+    values = np.arange(0, 256, 17, dtype=np.uint8)[:12, None, None, None]
+    np.savez("x.npz", arr_0=np.broadcast_to(values, (12, 8, 8, 3)))
+    x0 = torch.from_numpy(values).expand(12, 3, 8, 8) / 127.5 - 1
+    process = Diffusion(**dict(T=4) | process)
+    runs = [process.bits_per_dim(model, x0)[0] for _ in range(30)]
+    priors, terms = process.prior(x0), torch.stack(runs).mean(1)  # the means over the images
+    bounds = torch.stack(runs).sum(2) + priors
+    total, n, errors, L_0, kls, L_T, rows = measured(capsys, "--eval-calls", 4, *flags.split())
+    assert n == 12 and abs(total - bounds.mean()) < 5 * bounds.mean(1).std() + 1e-4
+    assert errors == [pytest.approx(bounds.std(1).mean().item() / 12**0.5, rel=0.15)]
+    assert L_T == pytest.approx(priors.mean().item(), abs=6e-7)
+    assert [total, L_0] == pytest.approx([L_0 + kls + L_T, rows[0][0]], abs=2e-4)
+    assert list(rows) == list(range(process.num_steps))
+    for t, (L_t, draws) in rows.items():
+        assert draws == 12 and abs(L_t - terms[:, t].mean()) < 5 * terms[:, t].std() + 1e-4
+
+def known_of(image):
+    """A bound, its error, and a prior for images (N, 3, 8, 8), by their mean colours."""
+    value = image.double().mean((1, 2, 3)) + 2
+    return value, value / 8 - 0.2, value / 64
+
+def know():
+    """For script(**know()): the two estimates of an image differ by 2·error. Terms are 1 at t = 0;
+    the first has one at t = 3, too, the second at t = 5."""
+    turn = itertools.cycle([(3, -1), (5, 1)])
+    def estimate(original, diffusion, model, x0, y, calls):
+        (t, sign), (value, error, prior) = next(turn), known_of(x0)
+        assert calls == 4  # twice 1 + 4 calls make the 10 that are asked for
+        terms = torch.full((len(x0), diffusion.num_steps), math.nan)
+        terms[:, 0], terms[:, t] = 1, value.float()
+        return (value + sign * error).float(), terms, prior.float()
+    return dict(estimate_bits_per_dim=estimate)
+
+def test_every_figure_of_an_estimate_is_that_of_known_terms(here, capsys):
+    checkpoint("c.pt")
+    x0 = torch.from_numpy(make_npz(n=12)).permute(0, 3, 1, 2) / 127.5 - 1
+    total, n, errors, *parts, rows = measured(capsys, **know())
+    value, error, prior = known_of(x0)
+    mean, prior = value.mean().item(), prior.mean().item()
+    expected = [mean, error.norm().item() / 12, value.std().item() / 12**0.5]
+    assert n == 12 and [total, *errors] == pytest.approx(expected, abs=6e-5)
+    assert parts == pytest.approx([1, mean - prior - 1, prior], abs=1e-4)
+    mean = pytest.approx(mean, 1e-5)
+    assert rows == {0: (1, 24), 3: (mean, 12), 5: (mean, 12)}
+    few = [measured(capsys, "--eval-images", 7, "--seed", seed, **know())[:2]
+           for seed in (1, 1, 2)]  # a random choice, which the seed repeats  # fmt: skip
+    assert few[0] == few[1] != few[2] and few[0][1] == 7
+    assert few[0][0] != pytest.approx(value[:7].mean().item(), abs=1e-4)
+
+def spoil(path, name, row=0, value=math.nan):
+    ckpt = torch.load(path, weights_only=True)
+    ckpt["ema"][name][row] = value
+    torch.save(ckpt, path)
+
+def test_upsamplers_and_one_image_are_measured_and_nan_is_no_number(here, monkeypatch, capsys):
+    checkpoint("c.pt", T=8, low_res=4)
+    make_npz()
+    native = {"avx512_bf16": True, "amx_bf16": True}  # yet float32 is computed with
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native, raising=False)
+    seen = see_network(monkeypatch)
+    for calls in (8, 7):  # exactly, and estimated
+        assert measured(capsys, "--eval-calls", calls, "--eval-images", 1)[1] == 1
+    assert {call["dtype"] for call in seen} == {torch.float32}
+    os.remove("terms.csv")
+    spoil("c.pt", "out.2.bias")
+    for calls in (8, 7):
+        assert script("train.py", *MEASURE, "--eval-calls", calls) == 1
+        assert "bits/dim" not in capsys.readouterr().out and not os.path.exists("terms.csv")
+
+# ---- sample.py ---------------------------------------------------------------------------------
+
+PETS = ["2", "0", "dog"]
+
+def sample(*flags):
+    assert script("sample.py", "--device", "cpu", "--dtype", "fp32", *flags) == 0
+
+def pixels_of(out, n):
+    """The images in a file or folder, uint8 (n, 8, 8, 3)."""
+    if out.endswith(".npz"):
+        return np.load(out)["arr_0"]
+    if out.endswith(".png"):
+        return cells(out, math.ceil(n**0.5), 8)[:n].permute(0, 2, 3, 1).numpy()
+    return np.stack([np.asarray(Image.open(f"{out}/{i:06}.png")) for i in range(n)])
+
+def colour_of(y):
+    """The colour (N, 3) that stands for class y; -1 has one too."""
+    y = torch.as_tensor(y)
+    return torch.stack([0.1 * y - 0.5, -0.15 * y + 0.3, 0.05 * y], dim=1).float()
+
+def draw_colours(patch, T=20):
+    """Replace the network by one which knows what it shall draw: the colour of its class, or, if
+    it is an upsampler, its small image moved by that colour."""
+    abar = Diffusion(T=T).alphas_bar
+    def out(self, x, time, y, low_res):
+        target = 0 if y is None else colour_of(y)[:, :, None, None]
+        if low_res is not None:
+            target = target + low_res.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        at = abar[(time.double() * T / 1000).round().long()].view(-1, 1, 1, 1)
+        eps = (x - at.sqrt() * target) / (1 - at).sqrt()
+        return torch.cat([eps, torch.zeros_like(eps)], dim=1).float()
+    see_network(patch, out)
+
+def bytes_of(x):
+    """Colours or images in [-1, 1] (N, ...) as pixels of images (N, 8, 8, 3)."""
+    x = np.asarray(x)[:, None, None] if np.ndim(x) == 2 else np.asarray(x)
+    return np.broadcast_to(np.clip((x + 1) * 127.5, 0, 255).round(), (len(x), 8, 8, 3))
+
+@pytest.mark.parametrize("flags", ["", "--guidance 3", "--sampler ddim --guidance 0.5"])
+def test_each_image_is_of_its_class_in_every_output(flags, here, monkeypatch, capsys):
+    checkpoint("c.pt", classes=PETS, label_dropout=0.1)
+    draw_colours(monkeypatch)
+    y = torch.arange(8) % 3  # each class in turn
+    target = colour_of(y)
+    if "--guidance" in flags:  # so many times as far from what is drawn without a class
+        none = colour_of(torch.full_like(y, -1))
+        target = none + float(flags.split()[-1]) * (target - none)
+    for out in ("deep/x.npz", "x.png", "deeper/folder"):
+        sample("--ckpt", "c.pt", "--n", 8, "--batch", 5, "--steps", 5, *flags.split(), "--out", out)
+        assert_close(pixels_of(out, 8), bytes_of(target))
+        assert out in capsys.readouterr().out.splitlines()
+    file = np.load("deep/x.npz")
+    assert file["arr_0"].dtype == np.uint8 and file["arr_1"].tolist() == y.tolist()
+    assert file["class_names"].tolist() == PETS and len(os.listdir("deeper/folder")) == 8
+    assert sorted(os.listdir()) == ["c.pt", "deep", "deeper", "x.png"]
+
+def test_a_gif_goes_from_noise_to_the_images(here, monkeypatch):
+    checkpoint("c.pt", T=200, classes=PETS)
+    draw_colours(monkeypatch, T=200)
+    sample(*"--ckpt c.pt --n 5 --sampler ancestral --steps 120 --batch 2 --out x.gif".split())
+    target, times, far = bytes_of(colour_of(torch.arange(5) % 3)), [], []
+    with Image.open("x.gif") as gif:
+        assert gif.n_frames == 40 and gif.info["loop"] == 0
+        for frame in range(40):
+            gif.seek(frame)
+            times.append(gif.info["duration"])
+            far.append(abs(cells(gif, 3, 8)[:5].permute(0, 2, 3, 1).numpy() - target).mean())
+    assert far[0] > 40 and far[-1] <= 2 and far[-1] < far[20] < far[0]
+    assert len(set(times[:-1])) == 1 and times[-1] > 10 * times[0]
+
+def test_image_i_of_a_seed_is_the_same_in_any_batch_and_a_folder_is_resumed(here, monkeypatch):
+    checkpoint("c.pt", classes=PETS, noise=0.3)
+    flags = ["--ckpt", "c.pt", "--steps", 4, "--out"]
+    sample(*flags, "all.npz", "--n", 7)
+    sample(*flags, "parts.npz", "--n", 5, "--batch", 2)
+    sample(*flags, "other.npz", "--n", 7, "--seed", 1)
+    found, other = pixels_of("all.npz", 7), pixels_of("other.npz", 7)
+    assert_close(found[:5], pixels_of("parts.npz", 5))
+    several = itertools.combinations([*found.astype(int), *other.astype(int)], 2)
+    assert all(abs(a - b).max() > 20 for a, b in several)
+    sample(*flags, "images", "--n", 4)
+    Image.fromarray(found[0]).save("images/000001.png")  # which is not drawn again
+    os.remove("images/000002.png")
+    sample(*flags, "images", "--n", 7, "--batch", 2)
+    assert_close(pixels_of("images", 7), found[[0, 0, 2, 3, 4, 5, 6]])
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda *given, **more: kill(save(*given, **more)))
+    for out in ("new", "new.png", "new.gif"):  # no half file
+        with pytest.raises(Killed):
+            sample(*flags, out)
+        assert not os.path.exists("new/000000.png") and not os.path.isfile(out)
+
+@pytest.mark.parametrize("flags, variance, steps, sampler, options", [
+    ("", "learned", 25, "dpm++", {}),
+    ("--steps 7 --seed 4", "learned", 7, "dpm++", {}),
+    ("--sampler ancestral", "learned", 250, "ancestral", {}),
+    ("--sampler ancestral --steps 9 --variance small", "small", 9, "ancestral", {}),
+    ("--sampler ancestral --steps 9 --variance large", "large", 9, "ancestral", {}),
+    ("--sampler ddim", "learned", 25, "ddim", {}),
+    ("--sampler ddim --steps 9 --eta 0.7", "learned", 9, "ddim", dict(eta=0.7)),
+    ("--sampler ddim --steps 2 --dtype bf16", "learned", 2, "ddim", {}),
+])  # fmt: skip
+def test_flags_reach_the_sampler(flags, variance, steps, sampler, options, here, monkeypatch):
+    model = checkpoint("c.pt", T=300, schedule="linear")
+    seen = see_network(monkeypatch, lambda self, x, t, *_: torch.cat([x - 0.3, t[0] / 500 - x], 1))
+    sample("--ckpt", "c.pt", "--n", 2, *flags.split(), "--out", "x.npz")
+    dtype = torch.bfloat16 if "bf16" in flags else torch.float32  # of the network's products
+    assert {call["dtype"] for call in seen} == {dtype}
+    process, seed = dict(schedule="linear", T=300, variance=variance), 4 * ("--seed" in flags)
+    expected = drawn(model, process, 2, None, sampler, steps, seed, **options)
+    assert_close(pixels_of("x.npz", 2), expected.permute(0, 2, 3, 1))
+    assert np.load("x.npz").files == ["arr_0"]  # the network knows no classes
+
+def test_small_images_are_enlarged_in_their_classes(here, monkeypatch, capsys):
+    checkpoint("c.pt", low_res=4, classes=PETS)
+    checkpoint("plain.pt", low_res=4)
+    draw_colours(monkeypatch)
+    small = np.random.default_rng(0).integers(96, 160, (4, 4, 4, 3), np.uint8)
+    flags = "--low-res small.npz --steps 3 --batch 3 --out x.npz --ckpt".split()
+    def check(ckpt, y, *more):
+        sample(*flags, ckpt, *more)
+        large = small[np.arange(len(y)) % 4].repeat(2, 1).repeat(2, 2) / 127.5 - 1
+        moved = large + (0 if ckpt == "plain.pt" else colour_of(y)[:, None, None].numpy())
+        assert_close(pixels_of("x.npz", len(y)), bytes_of(moved))
+        assert ckpt == "plain.pt" or np.load("x.npz")["arr_1"].tolist() == y
+    np.savez("small.npz", arr_0=small, arr_1=np.array([2, 0, 0, 1]))
+    check("plain.pt", [0] * 4)
+    check("c.pt", [0, 1, 1, 1, 0, 1], "--n", 6)  # the classes are 2, 0 and dog: 1 is number 1
+    check("c.pt", [2] * 4, "--class", "dog")
+    check("c.pt", [1] * 4, "--class", "0")
+    np.savez("small.npz", arr_0=small, arr_1=np.array([0, 1, 1, 0]), class_names=["dog", "2"])
+    check("c.pt", [2, 0, 0, 2])
+    os.remove("x.npz")
+    for labels in (np.arange(4), np.array([Evil()] * 4, dtype=object)):  # 3 is no class
+        np.savez("small.npz", arr_0=small, arr_1=labels)
+        assert script("sample.py", *flags, "c.pt") == 2 and not {"x.npz", "ran"} & set(os.listdir())
+
+@pytest.mark.parametrize("name, value", [("out.2.bias", math.nan), ("out.2.bias", math.inf),
+                                         ("label_emb.weight", math.nan)])  # fmt: skip
+def test_a_network_that_is_not_finite_draws_nothing(name, value, here, capsys):
+    checkpoint("c.pt", classes=PETS)
+    spoil("c.pt", name, 2, value)  # of the bias, one channel; of the classes, one alone
+    before = os.listdir()
+    for out in ("x.png", "x.npz", "x.gif", "images"):
+        flags = f"--ckpt c.pt --n 4 --steps 3 --device cpu --out {out}".split()
+        assert script("sample.py", *flags) == 1, out
+        assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(os.listdir()) == [*before, "images"] and os.listdir("images") == []
+
+def test_the_newest_run_is_drawn_from_else_the_checkpoint_in_assets(here):
+    for name, size, age in (("a", 8, 30), ("b", 32, 10), ("c", 16, 20)):
+        checkpoint(f"runs/{name}/ckpt.pt", image_size=size)
+        os.utime(f"runs/{name}/ckpt.pt", (time.time() - age,) * 2)
+    for flags, size in (([], 32), (["--ckpt", "runs/c"], 16), (["--ckpt", "runs/a/ckpt.pt"], 8)):
+        sample("--n", 1, "--steps", 1, *flags, "--out", "x.npz")
+        assert np.load("x.npz")["arr_0"].shape == (1, size, size, 3)
+    sample("--steps", 1)
+    assert cells("samples.png", 8, 32).shape == (64, 3, 32, 32)  # 64 images in samples.png
+    shutil.rmtree("runs")
+    sample("--n", 20, "--out", "x.npz")  # this is not the directory of sample.py
+    file = np.load("x.npz")
+    pixels, y = file["arr_0"].transpose(0, 3, 1, 2).astype(float), file["arr_1"].tolist()
+    assert y == [k % 10 for k in range(20)] and pixels.shape[2:] == (16, 16)
+    assert sum(digit_shown(x)[0] == str(k) for x, k in zip(pixels, y)) >= 15
+
+# ---- Two ranks ---------------------------------------------------------------------------------
+
+def note_masks(patch, found):
+    """Have `found` fill with what each dropout of training hides, 0 and 1 for each number."""
+    forward = torch.nn.Dropout.forward
+    def record(self, h):
+        out = forward(self, h)
+        if self.training:
+            hidden = ((out == 0) & (h != 0)).byte().flatten() + ord("0")
+            found.append(bytes(hidden.tolist()).decode())
+        else:
+            assert torch.equal(out, h)  # grids and bits/dim are computed without
+        return out
+    patch.setattr(torch.nn.Dropout, "forward", record)
+
+def do_two_ranks():
+    """What each of two ranks does in a process of its own; it writes what it saw to a file."""
+    rank, notes, device = int(os.environ["RANK"]), {}, functools.cache(model_file.pick_device)
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    flags = [*FULL, "--batch", "9", "--log-every", "5", "--save-every", "100", "--out"]
+    def run(note, name, *argv, **around):  # the ranks join once for all runs
+        around["pick_device"] = lambda original, name: device("cpu")
+        notes[note] = script(name, *argv, **around)
+        dist.barrier()
+    def count(original, *given):
+        notes[original.__name__] = notes.get(original.__name__, 0) + 1
+        return original(*given)
+    plain = "plain --dropout 0 --low-res 4 --steps 10 --lr 1 --grad-clip 1e-8 --sample-every 10"
+    run("plain", "train.py", *flags, *plain.split(), make_picture=count)
+    with pytest.MonkeyPatch.context() as patch:
+        note_masks(patch, notes.setdefault("masks", []))
+        run("whole", "train.py", *flags, "whole", "--steps", 9)
+    stop = at_steps([4] * rank, lambda _: signal.raise_signal(signal.SIGTERM))
+    run("stopped", "train.py", *flags, "parts", "--steps", 9, load_batch=stop)
+    run("resumed", "train.py", *flags, "parts", "--steps", 9)
+    nan, given = at_steps([1] * rank, spoil_noise), "--batch 9 --steps 3 --out nan".split()
+    run("nan", "train.py", *SMALL, *given, load_batch=nan)
+    folder = [*SMALL, "--data", "p", "--image-size", 8, "--steps", 1, "--out", "folder"]
+    run("folder", "train.py", *folder, read_picture=count)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        run("measured", "train.py", *MEASURE, "--eval-images", 9, **know())
+    notes["said"] = text.getvalue()
+    for out in ("ranks.npz", "images"):
+        run(out, "sample.py", *f"--ckpt c.pt --n 7 --steps 4 --batch 2 --out {out}".split())
+    run("elsewhere", "train.py", *flags, "elsewhere" if rank else "whole", "--steps", 12)
+    with open(f"notes{rank}.json", "w") as file:
+        json.dump(notes, file)
+    leave()
+
+@pytest.fixture
+def ranks(two_ranks, monkeypatch):
+    """In the folder where they have worked, once they are done: what each of them noted."""
+    folder, process = two_ranks
+    assert process.wait(timeout=120) == 0, (folder / "output").read_text()
+    monkeypatch.chdir(folder)
+    return [json.load(open(f"notes{rank}.json")) for rank in range(2)]
+
+def test_two_ranks_with_parts_train_as_the_plain_loop_does_and_one_draws(ranks):
+    assert [notes["plain"] for notes in ranks] == [0, 0]
+    assert_is_plain_training("plain")
+    assert [notes.get("make_picture") for notes in ranks] == [1, None]
+    assert script("train.py", "--out", "plain", "--steps", 12, "--sample-every", 0) == 0
+    assert_is_plain_training("plain")  # resumed by one rank
+    masks = [mask for notes in ranks for mask in notes["masks"]]
+    assert len(set(masks)) == len(masks) >= 2 * 9 * 2  # each step and rank has its own
+
+def test_a_signal_to_one_rank_stops_both_and_they_resume_to_the_bit(ranks):
+    assert [notes["stopped"] for notes in ranks] == [128 + signal.SIGTERM] * 2
+    assert [notes["whole"] for notes in ranks] == [notes["resumed"] for notes in ranks] == [0, 0]
+    assert_is_the_same_run("parts", "whole")
+    # Ranks that see another checkpoint, or none, end at once.
+    assert [notes["elsewhere"] for notes in ranks] == [1, 1] and saved("whole")["step"] == 9
+
+def test_ranks_skip_an_update_together_decode_once_and_measure_and_draw_as_one(ranks, capsys):
+    for name in ("nan", "folder", "measured", "ranks.npz", "images"):
+        assert [notes[name] for notes in ranks] == [0, 0]
+    (row,) = log("nan")
+    assert row[5] == 1 and np.isfinite(row).all() and 0 < row[1] < 10
+    assert [notes.get("read_picture") for notes in ranks] == [3, None]
+    assert script("train.py", *MEASURE, "--eval-images", 9, **know()) == 0
+    alone = re.findall("^(?:bits/dim|L_0) .*", capsys.readouterr().out, re.M)
+    assert len(alone) == 2 and not ranks[1]["said"]
+    assert set(alone) < set(ranks[0]["said"].splitlines())
+    sample("--ckpt", "c.pt", "--steps", 4, "--n", 7, "--out", "one.npz")
+    one, two = pixels_of("one.npz", 7), np.load("ranks.npz")
+    assert_close(one, two["arr_0"])
+    assert_close(one, pixels_of("images", 7))
+    assert two["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0] and len(os.listdir("images")) == 7
+
+if __name__ == "__main__":
+    do_two_ranks()
