@@ -301,6 +301,7 @@ def write_row(args, step, sums, bound, lr, seconds):
     left = tqdm.format_interval(seconds / step * (args.steps - step))
     skips = f", {skipped:.0f} updates skipped" if skipped else ""
     tqdm.write(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim{skips}, {left} left")
+    sys.stdout.flush()  # into a file, too
     if not taken:
         raise FloatingPointError("no gradient was finite: try a lower --lr, with another --out")
 
