@@ -310,8 +310,8 @@ def guided(model, scale):
 def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
     """An unbiased estimate of the bound of x0 (N, C, H, W) from 1 + calls calls of the model
     -> total (N,), terms (N, num_steps) with NaN where t was not drawn, prior (N,). L_0 is always
-    computed. Of t ≥ 1, each image draws one in each of `calls` equal parts of the mass of
-    p ∝ (t+1)^-1.2, mixed with 5 % of a uniform p; its term is weighted by 1/p."""
+    computed. The mass of p ∝ (t+1)^-1.2, mixed with 5 % of a uniform p, is cut into `calls` equal
+    parts; each image draws one t ≥ 1 from each part, and its term is weighted by 1/p."""
     N, T, device = len(x0), diffusion.num_steps, x0.device
     p = torch.arange(2, T + 1, device=device) ** -1.2
     p = 0.95 * p / p.sum() + 0.05 / (T - 1)

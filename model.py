@@ -8,8 +8,10 @@ import argparse
 import dataclasses
 import math
 import os
+import zipfile
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ class UNetConfig:
             raise ValueError(f"attention at {unknown.pop()}: the resolutions are {sizes}")
         if self.low_res and (size % self.low_res or self.low_res >= size):
             raise ValueError(f"low_res {self.low_res} must divide {size} and be smaller")
-        for resolution, channels in zip(sizes, [m * self.channels for m in mult]):
+        for resolution, channels in zip([None, *sizes], [m * self.channels for m in (1, *mult)]):
             attends = resolution in (sizes[-1], *self.attention_resolutions)
             if channels % 4 or (attends and channels % self.num_heads):
                 needs = f"a multiple of 4 and, with attention, of the {self.num_heads} heads"
@@ -255,7 +257,7 @@ OPENAI_FILES = {
     ),
 }
 
-# ---- What the two scripts share: ranks, device, precision, pictures ------------------------------
+# ---- What the two scripts share: ranks, device, precision, arrays, pictures ----------------------
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of torchrun's processes
@@ -302,6 +304,27 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     """A context in which the network computes matrix products in dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+def load_npz(path):
+    """The images of an .npz file, uint8 (N, 3, S, S), and the name of the class of each, or None.
+    It holds arr_0 or images, uint8 (N, S, S, 3), and maybe arr_1 or labels (N,), which are names or
+    indices of class_names. Raises ValueError if it does not."""
+    try:
+        with np.load(path) as file:
+            images = file.get("images", file.get("arr_0"))
+            labels, names = file.get("labels", file.get("arr_1")), file.get("class_names")
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is missing, damaged, or no .npz file") from error
+    right = images is not None and images.dtype == np.uint8 and len(images)
+    if not right or images.shape[1:] != (*2 * images.shape[1:2], 3):
+        raise ValueError(f"{path} must hold arr_0 or images, uint8 (N, S, S, 3)")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"{path} holds {len(images)} images, but labels {labels.shape}")
+    if labels is not None and names is not None:
+        if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(names))).all():
+            raise ValueError(f"{path}: labels must be indices of the {len(names)} class_names")
+        labels = names[labels]
+    return images.transpose(0, 3, 1, 2), None if labels is None else labels.astype(str).tolist()
 
 def to_pixels(x, numbers):
     """(N, C, H, W) in [-1, 1] -> uint8 of the same shape, on the CPU. Raises FloatingPointError,

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS, Diffusion, few_steps, generator, guided, randn_like
 from model import (
-    DEVICES, DTYPES, RANK, WORLD, autocast, load_checkpoint, make_picture, number, pick_device,
-    pick_dtype, to_pixels,
+    DEVICES, DTYPES, RANK, WORLD, autocast, load_checkpoint, load_npz, make_picture, number,
+    pick_device, pick_dtype, to_pixels,
 )  # fmt: skip
 
 positive = number(int, 1)
@@ -110,6 +110,8 @@ def main():
         save(args.out, film[0].save, **(gif if kind == ".gif" else dict(format="png")))
     if RANK == 0:
         print(args.out)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 # ---- Inputs ------------------------------------------------------------------------------------
 
@@ -143,7 +145,13 @@ def choose_inputs(args, config, ckpt):
     if bool(args.low_res) != bool(config.low_res):
         parser.error(f"--low-res: {args.ckpt} is {'an' if config.low_res else 'no'} upsampler")
     if args.low_res:
-        small, chosen = load_small(args.low_res, config.low_res)
+        try:
+            small, chosen = load_npz(args.low_res)
+        except ValueError as error:
+            parser.error(f"--low-res: {error}")
+        if small.shape[-1] != config.low_res:
+            parser.error(f"--low-res {args.low_res}: images must have {config.low_res} pixels a side")
+        small = torch.from_numpy(small) / 127.5 - 1
     args.n = args.n or (len(small) if args.low_res else 64)
     small = small[torch.arange(args.n) % len(small)] if args.low_res else None
     if not classes:
@@ -161,20 +169,6 @@ def choose_inputs(args, config, ckpt):
         parser.error(f"class {unknown[0]}: {args.ckpt} has {', '.join(classes)}")
     labels = torch.tensor([index[name] for name in chosen])
     return small, labels[torch.arange(args.n) % len(labels)]
-
-def load_small(path, size):
-    """The small images of an .npz file as sample.py writes them, (N, 3, size, size) in [-1, 1], and
-    the class of each, a name or a number, or []."""
-    try:
-        with np.load(path) as file:
-            images, labels, names = (file.get(k) for k in ("arr_0", "arr_1", "class_names"))
-    except (OSError, ValueError) as error:
-        parser.error(f"--low-res {path}: {error}")
-    right = images is not None and images.dtype == np.uint8 and len(images)
-    if not right or images.shape[1:] != (size, size, 3):
-        parser.error(f"--low-res {path} must hold arr_0, uint8 (N, {size}, {size}, 3)")
-    chosen = [] if labels is None else (labels if names is None else names[labels]).astype(str)
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)) / 127.5 - 1, list(chosen)
 
 # ---- Outputs -----------------------------------------------------------------------------------
 

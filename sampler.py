@@ -1,7 +1,7 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 
 This file stands alone. The samplers are modules: .to(device) moves them, .state_dict() holds what
-they have learned. None lets the host wait for the device.
+they have learned. With a gloo backend for CPUs, no method lets the host wait for the device.
 """
 
 import torch

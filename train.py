@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import unicodedata
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # MPS has no log_ndtr (for bits/dim)
@@ -38,7 +37,7 @@ from diffusion import (
     SCHEDULES, Diffusion, estimate_bits_per_dim, few_steps, generator, randn_like, select_timesteps,
 )  # fmt: skip
 from model import (
-    DEVICES, DTYPES, LOCAL_RANK, RANK, WORLD, UNet, UNetConfig, autocast, load_checkpoint,
+    DEVICES, DTYPES, LOCAL_RANK, RANK, WORLD, UNet, UNetConfig, autocast, load_checkpoint, load_npz,
     make_picture, number, pick_device, pick_dtype, to_pixels,
 )  # fmt: skip
 from sampler import T_SAMPLERS, gather
@@ -67,7 +66,7 @@ parser = argparse.ArgumentParser(
     formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 32, 100),
 )  # fmt: skip
 add = parser.add_argument_group("images").add_argument
-add("--image-size", type=positive, default=32, help="pixels a side")
+add("--image-size", type=number(int, 8), default=32, help="pixels a side")
 add("--class-cond", action=switch, default=False, help="learn the classes: subfolders or labels")
 add("--low-res", type=positive, help="pixels a side that an upsampler begins with")
 add("--flip", action=switch, default=False, help="mirror half of the images")
@@ -75,11 +74,11 @@ add("--batch", type=positive, default=128, help="images in an update, on all ran
 add("--seed", type=natural, default=0, help="the seed of all randomness")
 add = parser.add_argument_group("process").add_argument
 add("--schedule", choices=SCHEDULES, default="cosine", help="the noise schedule")
-add("--T", type=positive, default=4000, help="the number of timesteps")
-add("--variance", choices=["learned", "small", "large"], default="learned", help="that of a step")
+add("--T", type=number(int, 2), default=4000, help="the number of timesteps")
+add("--variance", choices=["learned", "small", "large"], default="learned", help="of a step of p")
 add = parser.add_argument_group("network").add_argument
 add("--channels", type=positive, default=128, help="width at the full resolution")
-add("--channel-mult", type=numbers, help="multiples of it, as 1,2,2; None: by the image size")
+add("--channel-mult", type=numbers, help="multiples of --channels, as 1,2,2; None: by image size")
 add("--num-res-blocks", type=positive, default=3, help="blocks at each resolution")
 add("--attention", type=numbers, dest="attention_resolutions", help="resolutions that attend, "
     "as 16,8, or none; the middle always attends; None: those from 8 to 16")  # fmt: skip
@@ -91,9 +90,8 @@ add("--t-sampler", choices=T_SAMPLERS, default="uniform", help="which timesteps 
 add("--lr", type=share, default=1e-4, help="AdamW's learning rate")
 add("--warmup", type=natural, default=0, help="updates in which the rate rises to --lr")
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
-add("--grad-clip", type=number(float, 0), default=0, help="the largest norm of a gradient; 0: any")
+add("--grad-clip", type=number(float, 0), default=0, help="the largest norm of a gradient; 0: no limit")
 add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
-FIXED = vars(parser.parse_args([])).keys() - {"data"}  # no flag above may change in a resumed run
 add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
 add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
 add("--out", metavar="DIR", help="the run's directory; None: runs/ and the data's name")
@@ -111,7 +109,7 @@ add("--ckpt", metavar="FILE", help="the checkpoint to measure; None: the one in 
 add("--eval-images", type=positive, default=10_000, help="the most images to measure")
 add("--eval-steps", type=positive, help="steps of the process to measure; None: all")
 add("--eval-calls", type=number(int, 4), default=10, help="calls of the network for each image")
-add("--spacing", type=number(float, 1), default=1.0, help="of --eval-steps; 3: denser near t = 0")
+add("--spacing", type=number(float, 1), default=1.0, help="of --eval-steps; 1: even, 3: dense near t = 0")
 
 # ---- Training ----------------------------------------------------------------------------------
 
@@ -119,7 +117,8 @@ def train(args, network, process, ckpt, device, dtype):
     """Train a network until args.steps updates are made. network and process: UNetConfig's and
     Diffusion's arguments. ckpt: the run to resume, the weights to begin with, or {}."""
     # The data and the network.
-    images, labels, classes = load_data(args, ckpt.get("classes"))
+    known = network.get("num_classes")
+    images, labels, classes = load_data(args, ckpt.get("classes"), num_classes=known)
     network |= dict(num_classes=classes and len(classes))
     torch.manual_seed(args.seed)
     model = UNet(UNetConfig(**network)).to(device)
@@ -209,14 +208,14 @@ def train(args, network, process, ckpt, device, dtype):
 # ---- What the loop calls -----------------------------------------------------------------------
 
 def catch_signals():
-    """A tensor (1,) that becomes the number of a signal to stop. The same signal again stops at
-    once; under torchrun, which itself sends a Ctrl-C again, it does nothing."""
+    """A tensor (1,): 0, or the number of the signal that asked the run to stop. The same signal
+    again stops at once; under torchrun, which itself sends a Ctrl-C again, it does nothing."""
     stop = torch.zeros(1, dtype=torch.int64)
     again = signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
 
-    def handle(number, frame):
-        stop.fill_(number)
-        signal.signal(number, again)
+    def handle(signum, frame):
+        stop.fill_(signum)
+        signal.signal(signum, again)
 
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as it is under nohup
@@ -274,7 +273,8 @@ def begin_log(args, start, n):
     path, rows = f"{args.out}/log.csv", []
     if RANK == 0:
         if start and os.path.exists(path):
-            rows = [row for row in open(path).readlines()[1:] if int(row.split(",")[0]) <= start]
+            rows = [row for row in open(path).readlines()[1:] if row.count(",") == 6]
+            rows = [row for row in rows if int(row.split(",")[0]) <= start]
         with open(path, "w") as file:
             file.writelines(["step,loss,bits_per_dim,grad_norm,lr,skipped,seconds\n", *rows])
 
@@ -289,7 +289,7 @@ def estimate_bound(args, model, diffusion, x0, y, dtype):
     return gather(total).mean()
 
 def write_row(args, step, sums, bound, lr, seconds):
-    """Write and print the means since the last row. Here alone the host waits for the device.
+    """Write and print the means since the last row, for which the host waits for the device.
     Raises FloatingPointError if no update since the last row had a finite gradient."""
     loss, norm, taken, skipped = gather(sums[None]).mean(0).tolist()
     sums.zero_()
@@ -322,13 +322,20 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
         if args.low_res:
             small = F.interpolate(x0, args.low_res, mode="area")
             x = torch.stack([F.interpolate(small, args.image_size), x, x0], dim=1).flatten(0, 1)
-        tiles.append(to_pixels(x, range(len(x))))
+        tiles.append(to_pixels(x, part.repeat_interleave(len(x) // len(part)).tolist()))
     os.makedirs(f"{args.out}/samples", exist_ok=True)
     make_picture(torch.cat(tiles), columns).save(f"{args.out}/samples/{step:07}.png")
 
 # ---- Data --------------------------------------------------------------------------------------
 
-def load_data(args, known=None, held_out=False):
+@functools.lru_cache(1)  # of the size, a flag's default, and of the images
+def read_npz(path):
+    try:
+        return load_npz(path)
+    except ValueError as error:
+        parser.error(f"--data: {error}")
+
+def load_data(args, known=None, held_out=False, num_classes=None):
     """The images, uint8 (N, 3, S, S), their labels, int64 (N,) or None, and the classes' names or
     None. known: the names of a trained network's classes, which are to be matched."""
     size, data = args.image_size, args.data
@@ -339,7 +346,7 @@ def load_data(args, known=None, held_out=False):
     elif data == "cifar10":
         images, names = load_cifar10(held_out)
     else:
-        images, names = load_npz(data) if data.endswith(".npz") else load_folder(data, size)
+        images, names = read_npz(data) if data.endswith(".npz") else load_folder(data, size)
     if LOCAL_RANK == 0:
         gather(torch.zeros(1))
     print(f"{data}: {len(images):,} images")
@@ -351,6 +358,8 @@ def load_data(args, known=None, held_out=False):
         parser.error(f"--class-cond: not all images of {data} have a class")
     names = [unicodedata.normalize("NFC", name) for name in names]
     classes = known or sorted(set(names))
+    if num_classes not in (None, len(classes)):
+        parser.error(f"--data {data} has {len(classes)} classes; the network has {num_classes}")
     if unknown := sorted(set(names) - set(classes)):
         parser.error(f"--data {data}: {unknown[0]} is none of the classes {', '.join(classes)}")
     print(f"classes {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''}")
@@ -383,24 +392,6 @@ def load_cifar10(held_out):
         sys.exit(f"no CIFAR-10 ({error}): put {CIFAR10.filename}, from {CIFAR10.url}, into data/")
     return data.data.transpose(0, 3, 1, 2), [data.classes[k] for k in data.targets]
 
-@functools.lru_cache(1)
-def load_npz(path):
-    """The images of an .npz file and the name of the class of each, or None. It holds arr_0 or
-    images, uint8 (N, S, S, 3), and maybe arr_1 or labels (N,), names or indices of class_names."""
-    try:
-        with np.load(path) as file:
-            images = file.get("images", file.get("arr_0"))
-            labels, names = file.get("labels", file.get("arr_1")), file.get("class_names")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        parser.error(f"--data {path}: {error}")
-    right = images is not None and images.dtype == np.uint8 and len(images)
-    square = right and images.shape[1:] == (*2 * images.shape[1:2], 3)
-    if not square or (labels is not None and labels.shape != images.shape[:1]):
-        parser.error(f"--data {path} must hold images, uint8 (N, S, S, 3), and labels (N,) or none")
-    if labels is not None:
-        labels = (labels if names is None else names[labels]).astype(str).tolist()
-    return images.transpose(0, 3, 1, 2), labels
-
 def load_folder(root, size):
     """All pictures below root, memory-mapped (N, 3, size, size), and the class of each: the name of
     its subfolder, or "". They are decoded once, into a file of data/cache that begins with a digest
@@ -416,31 +407,34 @@ def load_folder(root, size):
     if not readable.any() or any(read(path) is not None for path in paths[~readable]):
         readable = decode(cache, digest, paths, read)
     n = int(readable.sum())
-    print(f"{root}: left out {len(paths) - n} unreadable pictures, {others} other files")
+    print(f"{root}: left out {len(paths) - n} unreadable pictures, {others} other files or folders")
     if n == 0:
         sys.exit(f"--data {root}: no picture could be read")
     start = len(digest) + len(paths)
     images = np.memmap(cache, np.uint8, "c", start, (n, 3, size, size))  # "c": changes stay private
     return images, [os.path.dirname(path).split(os.sep)[0] for path in paths[readable]]
 
-NO_CLASS = (".", "@eaDir", "#recycle", "$RECYCLE", "__MACOSX")  # hidden, or of file servers
+SERVERS_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limits guard servers; here, large pictures are wanted
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 def list_pictures(root):
-    """[(path below root, size, time)] of all pictures, and the number of other files. Links are
-    followed, but not to folders above root, nor twice to a folder for one class."""
+    """[(path below root, size, time)] of all pictures, and the number of other files and folders.
+    Links are followed, except to a folder that contains root; within a class, a folder is entered
+    once. Hidden names are skipped; not entered are runs, and what file servers keep."""
     suffixes, home = Image.registered_extensions(), os.path.realpath(root)
     listing, others, seen = [], 0, set()
     for folder, folders, files in os.walk(root, onerror=print, followlinks=True):
         inside, real = os.path.relpath(folder, root), os.path.realpath(folder)
         place = inside.split(os.sep)[0], real
         above = os.path.commonpath([home, real]) == real
-        if inside != "." and (above or place in seen or "ckpt.pt" in files):
+        left_out = "ckpt.pt" in files or os.path.basename(folder) in SERVERS_FOLDERS
+        if inside != "." and (above or place in seen or left_out):
             folders.clear()
+            others += left_out
             continue
         seen.add(place)
-        folders[:] = [name for name in folders if not name.startswith(NO_CLASS)]
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for path in (os.path.join(folder, name) for name in files if name[0] != "."):
             if os.path.splitext(path)[1].lower() in suffixes and os.path.isfile(path):
                 info = os.stat(path)
@@ -455,7 +449,7 @@ def decode(cache, digest, paths, read):
     for old in glob.glob(glob.escape(cache) + ".*.tmp"):
         if time.time() - os.path.getmtime(old) > 86_400:  # of a decoding that was killed
             os.remove(old)
-    tmp, readable = f"{cache}.{os.getpid()}.tmp", np.zeros(len(paths), bool)
+    tmp, readable = f"{cache}.{RANK}.{os.getpid()}.tmp", np.zeros(len(paths), bool)
     with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
         file.write(digest + readable.tobytes())
         for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
@@ -499,9 +493,7 @@ def evaluate(args, model, process, classes, device, dtype):
     bound is estimated twice: the difference shows the error due to timesteps and noise."""
     steps = args.eval_steps and select_timesteps(args.eval_steps, args.T - 1, args.spacing)
     diffusion = Diffusion(**process, steps=steps).to(device)
-    images, labels, classes = load_data(args, classes, held_out=True)
-    if classes and len(classes) != model.config.num_classes:
-        parser.error(f"{len(classes)} classes; the network has {model.config.num_classes}")
+    images, labels, _ = load_data(args, classes, True, model.config.num_classes)
     rows = epoch_order(args.seed, 0, len(images))[: args.eval_images]
     n, mine = len(rows), rows[RANK::WORLD]
     torch.manual_seed(generator(args.seed, RANK, stream="dropout").initial_seed())
@@ -549,47 +541,48 @@ PROCESS = {"schedule", "T", "variance"}
 SHAPE = {"image_size", "low_res", "class_cond", "channels", "channel_mult", "num_res_blocks",
          "attention_resolutions", "num_heads"}  # fmt: skip
 EVAL = {"ckpt", "eval_images", "eval_steps", "eval_calls", "spacing"}
+MAY_CHANGE = EVAL | {"data", "out", "init", "device", "dtype", "compile", "steps", "accum",
+                     "log_every", "sample_every", "save_every", "eval_only"}  # fmt: skip
 
 def parse_args(argv):
-    """The flags, and the checkpoint to resume, to measure or to begin with ({}: none). The paper's
-    values give way to those of --data, these to those of the checkpoint, and these to what is
-    typed, which must not contradict what the checkpoint fixes."""
+    """The flags, and the checkpoint to resume, to measure or to begin with ({}: none). A flag's
+    value is what is typed, else the checkpoint's, else that of --data, else the paper's. What is
+    typed must not contradict what the checkpoint fixes."""
     data = data_parser.parse_known_args(argv)[0].data
     parser.set_defaults(**PRESETS.get(data, FOLDER))
     args = parser.parse_args(argv)
-    if data.endswith(".npz") and os.path.exists(data):
-        parser.set_defaults(image_size=load_npz(data)[0].shape[-1])
     out = args.out or "runs/" + os.path.basename(os.path.realpath(data)).removesuffix(".npz")
     resumes = os.path.exists(os.path.join(out, "ckpt.pt")) and not args.eval_only
     source = (args.ckpt or out) if args.eval_only else (out if resumes else args.init)
-    ckpt, held, fixed = {}, {}, {}
-    if source:
-        try:
-            ckpt = load_checkpoint(source)[1]
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
+    stored, fixed = {}, {}
+    if data.endswith(".npz") and os.path.isfile(data):
+        parser.set_defaults(image_size=read_npz(data)[0].shape[-1])
+    try:
+        ckpt = load_checkpoint(source)[1] if source else {}
+    except ValueError as error:
+        parser.error(str(error))
     if resumes:
-        held, fixed = ckpt["config"], FIXED
-        if not args.out and os.path.realpath(data) != os.path.realpath(held["data"]):
-            parser.error(f"--data {data}: {out} has {held['data']}; give another --out")
+        stored = ckpt["config"]
+        fixed = stored.keys() - MAY_CHANGE
+        if not args.out and os.path.realpath(data) != os.path.realpath(stored["data"]):
+            parser.error(f"--data {data}: {out} has {stored['data']}; give another --out")
     elif source:
-        held = vars(UNetConfig(**ckpt["unet"])) | ckpt["diffusion"]
-        held |= dict(class_cond=held["num_classes"] is not None)
-        held = {key: held[key] for key in (SHAPE | PROCESS) & held.keys()}
+        stored = vars(UNetConfig(**ckpt["unet"])) | ckpt["diffusion"]
+        stored |= dict(class_cond=stored["num_classes"] is not None)
+        stored = {key: stored[key] for key in (SHAPE | PROCESS) & stored.keys()}
         fixed = SHAPE | {"schedule", "T"}
         if args.eval_only:
-            held["data"] = ckpt["config"].get("data")
+            stored["data"] = ckpt["config"].get("data")
         keys = ("unet", "diffusion", "classes", "ema")  # the averaged weights alone
         ckpt = {key: ckpt[key] for key in keys} | dict(model=ckpt["ema"])
-    parser.set_defaults(**held | dict(out=out, ckpt=source if args.eval_only else None))
+    parser.set_defaults(**stored | dict(out=out, ckpt=source if args.eval_only else None))
     args = parser.parse_args(argv)
     for key in sorted(fixed):
-        if vars(args)[key] != held[key]:
+        if vars(args)[key] != stored[key]:
             flag = f"--{key.removesuffix('_resolutions').replace('_', '-')} {vars(args)[key]}"
-            parser.error(f"{flag}: {source} has {held[key]}; leave it out, or give another --out")
+            parser.error(f"{flag}: {source} has {stored[key]}; leave it out, or give another --out")
 
     # What follows from other flags, and what contradicts them.
-    args.label_dropout *= args.class_cond
     args.channel_mult = args.channel_mult or MULTS.get(args.image_size, (1, 2, 3, 4))
     if args.attention_resolutions is None:
         sides = [args.image_size >> level for level in range(len(args.channel_mult))]
@@ -601,13 +594,13 @@ def parse_args(argv):
         parser.error(f"--image-size {args.image_size}: cifar10 has 32")
     if args.eval_steps and args.eval_steps > args.T:
         parser.error(f"--eval-steps {args.eval_steps}: the process has {args.T}")
+    if args.variance == "learned" and ckpt.get("unet", {}).get("out_channels") == 3:
+        parser.error(f"--variance learned: {source} predicts no variance")
     if not args.eval_only:
         if any(vars(args)[key] != parser.get_default(key) for key in EVAL):
             parser.error("--ckpt, --eval-images, --eval-steps and so on need --eval-only")
         if args.objective == "hybrid" and args.variance != "learned":
             parser.error("--objective hybrid trains a variance; give simple or vlb")
-        if args.variance == "learned" and ckpt.get("unet", {}).get("out_channels") == 3:
-            parser.error(f"--variance learned: {source} predicts no variance")
         if args.batch < WORLD * args.accum:
             parser.error(f"--batch {args.batch} is below {WORLD} ranks × --accum {args.accum}")
     return args, ckpt
@@ -632,7 +625,7 @@ def main():
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if args.eval_only:
-        dtype = pick_dtype("fp32" if args.dtype == "auto" else args.dtype, device)  # bf16: 0.02 off
+        dtype = pick_dtype("fp32" if args.dtype == "auto" else args.dtype, device)  # bf16 is 0.02 off
         model = load_checkpoint(args.ckpt)[0].to(device)
         evaluate(args, model, process, ckpt["classes"], device, dtype)
     else:
