@@ -1494,6 +1494,7 @@ BAD = """
     train.py --eval-only --ckpt nowhere → nowhere; train.py --accum 9 --batch 8 → --batch 8
     train.py --objective hybrid --variance small; train.py --attention 5 → 5
     train.py --data float.npz; train.py --data wide.npz → wide; train.py --data labels.npz
+    train.py --data names.npz; train.py --T 1; train.py --channels 5 --channel-mult 4 → channels
     sample.py --ckpt no → no; sample.py --ckpt file → file; sample.py --n 0; sample.py --steps 21
     sample.py --class X → X; sample.py --guidance 2; sample.py --eta 0.5; sample.py --out x.jpg
     sample.py --out s3://b/x.npz; sample.py --low-res x.npz; sample.py --variance small
@@ -1505,6 +1506,7 @@ def test_what_is_typed_wrong_is_refused_by_name_and_leaves_nothing(line, here, c
     np.savez("float.npz", arr_0=pixels / 255)
     np.savez("wide.npz", arr_0=pixels[:, 2:])
     np.savez("labels.npz", arr_0=pixels, arr_1=np.arange(9))
+    np.savez("names.npz", arr_0=pixels, arr_1=np.arange(10) - 1, class_names=list("abcdefghij"))
     put("file")
     checkpoint("c.pt", classes=["2", "0", "dog"])
     before = sorted(os.walk("."))
@@ -1532,6 +1534,14 @@ def test_a_run_says_and_stores_what_it_is(with_arrays, capsys):
     torch.save(ckpt | {"seconds": 1000.0}, "run/ckpt.pt")  # from which they go on
     assert script("train.py", "--out", "run", "--steps", 9) == 0
     assert 1000 <= saved()["seconds"] < 1060 and 1000 <= log()[-1][6] < 1060
+
+def test_the_same_command_resumes_and_a_torn_row_of_the_log_is_cut(with_arrays):
+    flags = [*SMALL, "--no-class-cond", "--label-dropout", 0.5, "--log-every", 1, "--out", "run"]
+    assert script("train.py", *flags, "--steps", 2) == 0
+    with open("run/log.csv", "a") as file:
+        file.write("1")
+    assert script("train.py", *flags, "--steps", 3) == 0
+    assert [row[0] for row in log()] == [1, 2, 3]
 
 # ---- train.py: what a step sees ----------------------------------------------------------------
 
