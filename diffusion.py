@@ -2,7 +2,7 @@
 
 This file stands alone: copy it beside a network of your own. A `model` here is any callable
 (x_t, time, y) -> (N, C or 2C, H, W) that predicts the noise ε in x_t (N, C, H, W) and, for a
-learned variance, v in C more channels, from -1 for β̃ to 1 for β. Equation numbers are the paper's.
+learned variance, v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
 Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
 Docstrings write p(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
 (eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the prior (eq. 7), all in bits per dimension.
@@ -23,7 +23,7 @@ def linear_betas(T):
     return torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64).clamp(max=0.999)
 
 def cosine_betas(T, s=0.008):
-    """Betas of alphas_bar ∝ cos²((t/T + s) / (1 + s) · π/2), at most 0.999 (eq. 17) -> (T,)."""
+    """Betas of alphas_bar ∝ cos²((t/T + s) / (1 + s) · π/2), at most 0.999 (eq. 17)."""
     time = torch.arange(T + 1, dtype=torch.float64) / T
     alphas_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
@@ -31,7 +31,7 @@ def cosine_betas(T, s=0.008):
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 def select_timesteps(steps, last, spacing=1.0):
-    """Timesteps t_i = (i / (steps-1))^spacing · last, no two equal -> a rising list from 0 to last.
+    """Timesteps t_i = (i / (steps-1))^spacing · last, no two equal: a rising list, 0 to last.
     Spacing 1 is even; 2 and 3 are ever denser near t = 0, where the bound's terms are largest."""
     if steps == 1:
         return [last]
@@ -68,7 +68,7 @@ class Diffusion:
             timesteps = torch.tensor(select_timesteps(int(timesteps), T - 1))
         rising = timesteps.ndim == 1 and len(timesteps) and (timesteps.diff() > 0).all()
         if not rising or given.is_floating_point() or timesteps[0] < 0 or timesteps[-1] >= T:
-            raise ValueError(f"steps must be 1 … {T}, or a rising list of 0 … {T - 1}, not {steps}")
+            raise ValueError(f"steps must be 1 … {T}, or a rising list below {T}, not {steps}")
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
 
@@ -162,9 +162,9 @@ class Diffusion:
     def losses(self, model, x0, t, y=None, noise=None, objective="hybrid"):
         """The training loss (N,) at timesteps t (N,), and T·L_t (N,), whose mean is L_vlb - L_T.
 
-        "simple"  L_simple: the mean of (ε - ε̂)² over C·H·W (eq. 14 has the sum); v learns nothing
+        "simple"  L_simple: (ε - ε̂)², a mean over C·H·W (a sum in eq. 14); v learns nothing
         "vlb"     T·L_t, an estimate of L_vlb (eq. 4) but for L_T, which has no gradient
-        "hybrid"  L_simple + λ·T·L_t (eq. 16). λ = 0.001 is for this L_simple, and for L_t in bits.
+        "hybrid"  L_simple + λ·T·L_t (eq. 16). λ = 0.001 is for such a mean, and L_t in bits.
                   p's mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
         x0_hat is never clipped here: a clipped estimate has no gradient."""
         learned = ("hybrid",) if self.variance == "learned" else ()  # its second term trains v
@@ -210,7 +210,7 @@ class Diffusion:
 @torch.no_grad()
 def ancestral(diffusion, model, x, y=None, clip=True, generators=None):
     """The paper's sampler: draw each x_{t-1} from p(x_{t-1} | x_t), beginning with x = x_T.
-    Yields (i, x after step i, x0_hat) for i = num_steps-1 … 0, each at the cost of one call of the
+    Yields (i, x after step i, x0_hat) for i = num_steps-1 … 0, each at the cost of a call of the
     model. The x of i = 0 are the images. clip: whether x0_hat is clipped to [-1, 1]. generators:
     one for each image, which then does not depend on the others of its batch; None: torch's own."""
     for i in reversed(range(diffusion.num_steps)):
@@ -292,7 +292,7 @@ def few_steps(T, image_size, steps=25, schedule="cosine"):
 
 def guided(model, scale):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a model to sample from.
-    ε is ε_uncond + scale·(ε_cond - ε_uncond), v is the conditional one, from one call of the model
+    ε is ε_uncond + scale·(ε_cond - ε_uncond), v the conditional one, of one call of the model
     with twice the batch. It must have been trained with y = -1, no class, now and then."""
 
     def guided_model(x_t, time, y, **inputs):

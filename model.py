@@ -1,4 +1,4 @@
-"""The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for Σ of p.
+"""The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for p's Σ.
 
 First stands the network, which knows nothing of schedules or data; then its checkpoints; then what
 the two scripts share. The layers have the order and shapes of openai/improved-diffusion's.
@@ -334,7 +334,7 @@ def to_pixels(x, numbers):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 def make_picture(pixels, columns=None):
-    """uint8 (N, 3, H, W) -> a PIL image of all in a grid, nearly square; small ones are enlarged."""
+    """uint8 (N, 3, H, W) -> a PIL image of all in a grid, nearly square; small ones enlarged."""
     from torchvision.utils import make_grid  # here, since this import takes seconds
 
     zoom = max(1, 64 // pixels.shape[-1])

@@ -150,7 +150,7 @@ def choose_inputs(args, config, ckpt):
         except ValueError as error:
             parser.error(f"--low-res: {error}")
         if small.shape[-1] != config.low_res:
-            parser.error(f"--low-res {args.low_res}: images must have {config.low_res} pixels a side")
+            parser.error(f"--low-res: the network takes {config.low_res} pixels a side")
         small = torch.from_numpy(small) / 127.5 - 1
     args.n = args.n or (len(small) if args.low_res else 64)
     small = small[torch.arange(args.n) % len(small)] if args.low_res else None

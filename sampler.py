@@ -49,7 +49,7 @@ class ImportanceSampler(torch.nn.Module):
         return t, 1 / (self.T * p[t])
 
     def update(self, t, losses):
-        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call, and
+        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call;
         each adds the losses of all. Losses that are not finite are left out."""
         t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
         t, finite = t.long(), losses.isfinite()

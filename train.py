@@ -90,7 +90,7 @@ add("--t-sampler", choices=T_SAMPLERS, default="uniform", help="which timesteps 
 add("--lr", type=share, default=1e-4, help="AdamW's learning rate")
 add("--warmup", type=natural, default=0, help="updates in which the rate rises to --lr")
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
-add("--grad-clip", type=number(float, 0), default=0, help="the largest norm of a gradient; 0: no limit")
+add("--grad-clip", type=number(float, 0), default=0, help="largest norm of a gradient; 0: no limit")
 add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
 add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
 add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
@@ -109,7 +109,7 @@ add("--ckpt", metavar="FILE", help="the checkpoint to measure; None: the one in 
 add("--eval-images", type=positive, default=10_000, help="the most images to measure")
 add("--eval-steps", type=positive, help="steps of the process to measure; None: all")
 add("--eval-calls", type=number(int, 4), default=10, help="calls of the network for each image")
-add("--spacing", type=number(float, 1), default=1.0, help="of --eval-steps; 1: even, 3: dense near t = 0")
+add("--spacing", type=number(float, 1), default=1.0, help="1: even --eval-steps; 3: dense at t = 0")
 
 # ---- Training ----------------------------------------------------------------------------------
 
@@ -625,7 +625,8 @@ def main():
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if args.eval_only:
-        dtype = pick_dtype("fp32" if args.dtype == "auto" else args.dtype, device)  # bf16 is 0.02 off
+        name = "fp32" if args.dtype == "auto" else args.dtype  # in bf16 the bound is 0.02 off
+        dtype = pick_dtype(name, device)
         model = load_checkpoint(args.ckpt)[0].to(device)
         evaluate(args, model, process, ckpt["classes"], device, dtype)
     else:
