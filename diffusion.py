@@ -1,12 +1,11 @@
 """The mathematics of Improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672), for any network.
-
 This file stands alone: copy it beside a network of your own. A `model` here is any callable
 (x_t, time, y) -> (N, C or 2C, H, W) that predicts the noise ε in x_t (N, C, H, W) and, for a
 learned variance, v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
+
 Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
 Docstrings write p(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
-(eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the prior (eq. 7), all in bits per dimension.
-"""
+(eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the prior (eq. 7), all in bits per dimension."""
 
 import math
 from functools import partial
@@ -71,7 +70,6 @@ class Diffusion:
             raise ValueError(f"steps must be 1 … {T}, or a rising list below {T}, not {steps}")
         self.T, self.variance, self.num_steps = T, variance, len(timesteps)
         self.times = (timesteps * (1000 / T if time_scale is None else time_scale)).float()
-
         # The tables, each (num_steps,), by the paper's formulas.
         self.alphas_bar = alphas_bar = torch.cumprod(1 - betas, 0)[timesteps]
         self.alphas_bar_prev = before = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
@@ -107,7 +105,6 @@ class Diffusion:
         return table.gather(0, t).to(dtype).view(-1, *[1] * (x.ndim - 1))
 
     # -- q: from data to noise
-
     def add_noise(self, x0, t, noise):
         """A sample of q(x_t | x0): x0, noise (N, C, H, W), t (N,) -> x_t (eq. 8, 9)."""
         signal = self._at(self.sqrt_alphas_bar, t, x0) * x0
@@ -126,7 +123,6 @@ class Diffusion:
         return bits(0.5 * (mean**2 + variance - 1 - variance.log()))
 
     # -- p: from noise to data
-
     def predict(self, model, x_t, t, y=None):
         """Call the model (only this method does) -> ε and v (or None), each (N, C, H, W)."""
         out = model(x_t, self.times[t], y).to(torch.promote_types(x_t.dtype, torch.float32))
@@ -151,7 +147,6 @@ class Diffusion:
         return mean, log_variance, x0_hat
 
     # -- Losses, likelihood and samples
-
     def vlb_term(self, x0, x_t, t, mean, log_variance):
         """L_t (N,) in bits per dimension, for the mean and log_variance that p has at x_t."""
         true_mean, true_log_variance = self.posterior(x0, x_t, t)
@@ -254,7 +249,6 @@ def bits(nats):
 def ddim(diffusion, model, x, y=None, clip=True, generators=None, eta=0.0, order=1):
     """DDIM (Song et al. 2021, arXiv 2010.02502) and, with order 2, DPM-Solver++ (Lu et al. 2022,
     arXiv 2211.01095). Yields what `ancestral` does. A learned variance is not used.
-
     eta    the share of noise: 0 for none, 1 for the posterior's standard deviation sqrt(β̃)
     order  1, or 2: x0_hat is extrapolated half a step ahead, from this call and the one before,
            and not clipped again. Eta 0 gives DPM-Solver++(2M), eta 1 its SDE variant"""

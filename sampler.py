@@ -1,8 +1,6 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
-
 This file stands alone. The samplers are modules: .to(device) moves them, .state_dict() holds what
-they have learned. With a gloo backend for CPUs, no method lets the host wait for the device.
-"""
+they have learned. With a gloo backend for CPUs, no method lets the host wait for the device."""
 
 import torch
 import torch.distributed as dist
@@ -24,7 +22,6 @@ class UniformSampler(torch.nn.Module):
 
 class ImportanceSampler(torch.nn.Module):
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
-
     Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform, as in
     the released code, so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased."""
 
