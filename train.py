@@ -627,7 +627,8 @@ def main():
     if args.eval_only:
         name = "fp32" if args.dtype == "auto" else args.dtype  # in bf16 the bound is 0.02 off
         dtype = pick_dtype(name, device)
-        model = load_checkpoint(args.ckpt)[0].to(device)
+        model = UNet(UNetConfig(**network)).to(device).eval()
+        model.load_state_dict(ckpt["ema"])
         evaluate(args, model, process, ckpt["classes"], device, dtype)
     else:
         train(args, network, process, ckpt, device, pick_dtype(args.dtype, device))
