@@ -10,40 +10,43 @@ class UniformSampler(torch.nn.Module):
 
     def __init__(self, T):
         super().__init__()
+        self.T = T
         self.register_buffer("p", torch.full((T,), 1 / T), persistent=False)
 
+    def probabilities(self):
+        """p (T,), summing to 1."""
+        return self.p
+
     def sample(self, n, generator=None):
-        """Draw t (n,) int64 and weights (n,). The generator must be on the sampler's device."""
-        t = torch.randint(len(self.p), (n,), generator=generator, device=self.p.device)
-        return t, torch.ones_like(t, dtype=torch.float32)
+        """Draw t (n,) int64 and weights (n,), 1 / (T·p_t), with a generator on p's device.
+        Stratified: one t from each n-th part of p's mass, in random order. Each t alone has the
+        distribution p, and weighted means over the batch scatter less."""
+        p = self.probabilities()
+        part = torch.randperm(n, generator=generator, device=p.device)
+        u = (part + torch.rand(n, generator=generator, device=p.device)) / n
+        t = torch.searchsorted(p.cumsum(0)[:-1], u, right=True)
+        return t, 1 / self.T / p[t]
 
     def update(self, t, losses):
         """Learns nothing from the losses."""
 
-class ImportanceSampler(torch.nn.Module):
+class ImportanceSampler(UniformSampler):
     """p_t ∝ sqrt(E[L_t²]) over the last `history` losses of each t (eq. 18).
     Uniform until every t has `history` losses. A share `uniform` of the draws stays uniform, as in
     the released code, so that no t is forgotten. The weights 1 / (T·p_t) keep means unbiased."""
 
     def __init__(self, T, history=10, uniform=0.001):
-        super().__init__()
-        self.T, self.history, self.uniform = T, history, uniform
+        super().__init__(T)
+        self.history, self.uniform = history, uniform
         # For each t: its last losses (a ring buffer), and the number of losses that it ever had.
         self.register_buffer("losses", torch.zeros(T, history))
         self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))
 
     def probabilities(self):
-        """p (T,), summing to 1."""
         root = self.losses.square().mean(1).sqrt()
-        p = (1 - self.uniform) * root / root.sum() + self.uniform / self.T
+        p = (1 - self.uniform) * root / root.sum() + self.uniform * self.p
         ready = (self.counts >= self.history).all() & (root.sum() > 0)
-        return torch.where(ready, p, 1 / self.T)
-
-    def sample(self, n, generator=None):
-        """Draw t (n,) int64 and weights (n,)."""
-        p = self.probabilities()
-        t = torch.multinomial(p, n, replacement=True, generator=generator)
-        return t, 1 / (self.T * p[t])
+        return torch.where(ready, p, self.p)
 
     def update(self, t, losses):
         """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call;
