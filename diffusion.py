@@ -54,8 +54,8 @@ class Diffusion:
         if variance not in ("learned", "small", "large"):
             raise ValueError(f"variance must be learned, small or large, not {variance!r}")
         if isinstance(schedule, str):
-            if schedule not in SCHEDULES:
-                raise ValueError(f"schedule must be in {list(SCHEDULES)}, not {schedule!r}")
+            if schedule not in SCHEDULES or T < 1:
+                raise ValueError(f"no schedule {schedule!r} in {list(SCHEDULES)} with T = {T}")
             schedule = SCHEDULES[schedule](T)
         betas = torch.as_tensor(schedule, dtype=torch.float64).cpu()
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
@@ -99,14 +99,16 @@ class Diffusion:
         """The table's value for each image, in at least float32, shaped to multiply x."""
         if not x.is_floating_point():
             raise ValueError(f"x0 and x_t must be floating-point numbers, not {x.dtype}")
-        if t.device.type == "cpu" and not ((t >= 0) & (t < self.num_steps)).all():
-            raise ValueError(f"t must be 0 … {self.num_steps - 1}, not {t.tolist()}")
+        if t.dtype != torch.int64 or (t.is_cpu and not ((t >= 0) & (t < self.num_steps)).all()):
+            raise ValueError(f"t must be 0 … {self.num_steps - 1}, int64, not {t.tolist()}")
         dtype = torch.promote_types(x.dtype, torch.float32)
         return table.gather(0, t).to(dtype).view(-1, *[1] * (x.ndim - 1))
 
     # -- q: from data to noise
     def add_noise(self, x0, t, noise):
         """A sample of q(x_t | x0): x0, noise (N, C, H, W), t (N,) -> x_t (eq. 8, 9)."""
+        if noise.shape != x0.shape:  # each image needs noise of its own
+            raise ValueError(f"noise is {tuple(noise.shape)}, but x0 {tuple(x0.shape)}")
         signal = self._at(self.sqrt_alphas_bar, t, x0) * x0
         return (signal + self._at(self.sqrt_one_minus_alphas_bar, t, x0) * noise).to(x0.dtype)
 
@@ -125,7 +127,8 @@ class Diffusion:
     # -- p: from noise to data
     def predict(self, model, x_t, t, y=None):
         """Call the model (only this method does) -> ε and v (or None), each (N, C, H, W)."""
-        out = model(x_t, self.times[t], y).to(torch.promote_types(x_t.dtype, torch.float32))
+        time = self._at(self.times, t, x_t).flatten().float()
+        out = model(x_t, time, y).to(torch.promote_types(x_t.dtype, torch.float32))
         C, n = x_t.shape[1], out.shape[1]
         if n != 2 * C and (n != C or self.variance == "learned"):
             raise ValueError(f"the model returned {n} channels: ε takes {C}, a learned v {C} more")
@@ -165,7 +168,7 @@ class Diffusion:
         learned = ("hybrid",) if self.variance == "learned" else ()  # its second term trains v
         if objective not in ("simple", "vlb", *learned):
             raise ValueError(f"objective {objective!r} with variance {self.variance!r}: try simple")
-        noise = torch.randn_like(x0) if noise is None else noise
+        noise = randn_like(x0) if noise is None else noise
         x_t = self.add_noise(x0, t, noise)
         eps, v = self.predict(model, x_t, t, y)
         simple = (noise - eps).square().flatten(1).mean(1)
@@ -179,7 +182,7 @@ class Diffusion:
 
     def draw_term(self, model, x0, t, y=None):
         """L_t (N,) in bits per dimension at one draw of x_t, x0_hat clipped as when sampling."""
-        x_t = self.add_noise(x0, t, torch.randn_like(x0))
+        x_t = self.add_noise(x0, t, randn_like(x0))
         mean, log_variance, _ = self.reverse(*self.predict(model, x_t, t, y), x_t, t)
         return self.vlb_term(x0, x_t, t, mean, log_variance)
 
@@ -280,7 +283,7 @@ def few_steps(T, image_size, steps=25, schedule="cosine"):
     Sampling begins where alphas_bar is 2/(H·W). If it is smaller, x0_hat is mostly error. If it is
     larger, the mean pixel of x_t shows the colour of x0, which noise (0 ± 1/sqrt(H·W)) lacks. The
     spacing is the best of those measured for 10 calls, and costs hardly any quality at 25."""
-    alphas_bar = torch.cumprod(1 - SCHEDULES[schedule](T), 0)
+    alphas_bar = Diffusion(schedule, T).alphas_bar
     last = max(0, int((alphas_bar >= 2 / image_size**2).sum()) - 1)
     return select_timesteps(min(steps, last + 1), last, spacing=1.15)
 
@@ -307,6 +310,8 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
     computed. The mass of p ∝ (t+1)^-1.2, mixed with 5 % of a uniform p, is cut into `calls` equal
     parts; each image draws one t ≥ 1 from each part, and its term is weighted by 1/p."""
     N, T, device = len(x0), diffusion.num_steps, x0.device
+    if calls < 1 or T < 2:
+        raise ValueError(f"calls must be at least 1, and T 2, not {calls} and {T}")
     p = torch.arange(2, T + 1, device=device) ** -1.2
     p = 0.95 * p / p.sum() + 0.05 / (T - 1)
     u = torch.arange(calls, device=device)[:, None] + torch.rand(calls, N, device=device)
@@ -332,6 +337,8 @@ def generator(seed, index, device="cpu", stream="noise"):
 
 def randn_like(x, generators=None):
     """Normal noise like x (N, ...), of torch's own generator or of one for each image."""
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floating-point numbers, not {x.dtype}")
     if generators is None:
         return torch.randn_like(x)
     if len(generators) != len(x):

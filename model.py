@@ -105,14 +105,14 @@ class UNet(nn.Module):
             raise ValueError("y must be given if and only if the network has num_classes")
         if (low_res is None) != (self.config.low_res is None):
             raise ValueError("low_res must be given if and only if the network is an upsampler")
-        emb = timestep_embedding(t, self.config.channels)
-        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(t, self.config.channels).to(dtype))
         if y is not None:
             emb = emb + torch.where(y[:, None] >= 0, self.label_emb(y.clamp(min=0)), 0)
         emb = F.silu(emb)  # (N, 4·channels); every block would begin with it
         if low_res is not None:
             x = torch.cat([x, F.interpolate(low_res, x.shape[-2:], mode="bilinear")], dim=1)
-        h, skips = x.contiguous(memory_format=torch.channels_last), []
+        h, skips = x.to(dtype, memory_format=torch.channels_last), []
         for stage in self.down:
             h = stage(h, emb)
             skips.append(h)

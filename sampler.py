@@ -51,7 +51,7 @@ class ImportanceSampler(UniformSampler):
     def update(self, t, losses):
         """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call;
         each adds the losses of all. Losses that are not finite are left out."""
-        t, losses = gather(torch.stack([t.float(), losses.float()], 1)).unbind(1)
+        t, losses = gather(torch.stack([t.float(), losses.detach().float()], 1)).unbind(1)
         t, finite = t.long(), losses.isfinite()
         same = (t[:, None] == t) & finite  # which losses belong to the same t
         before, after = same.tril(-1).sum(1), same.triu(1).sum(1)  # earlier and later ones

@@ -191,6 +191,7 @@ def test_steps_and_betas_may_be_of_any_kind():
 def test_impossible_processes_are_refused():
     for arguments, message in (
         (dict(schedule="none such"), "schedule .*'linear'"), (dict(variance="fixed"), "variance"),
+        (dict(T=0), "T = 0"), (dict(schedule="linear", T=-1), "T = -1"),
         *((dict(steps=steps), "steps") for steps in (
             0, 4001, -1, [], [-1, 5], [4000], [5, 5], [5, 4], [0, 2, 1], np.array([1.0, 2.0]),
             [[1, 2]], np.int64(4001), torch.tensor([3, 1]), [math.nan])),
@@ -263,16 +264,24 @@ def test_prior_is_the_kl_to_the_standard_normal():
 
 def test_timesteps_out_of_range_and_integer_images_are_refused():
     diffusion, x = Diffusion(T=100, steps=9), images(2)
-    for t in map(torch.tensor, ([0, 9], [-1, 3])):
+    for t in map(torch.tensor, ([0, 9], [-1, 3], [0.0, 1.0])):
         for method, given in (("add_noise", (x, t, x)), ("posterior", (x, x, t)),
-                              ("losses", (toy, x, t)), ("reverse", (x, x, x, t))):  # fmt: skip
+                              ("losses", (toy, x, t)), ("reverse", (x, x, x, t)),
+                              ("predict", (toy, x, t)), ("vlb_term", (x, x, t, x, x))):  # fmt: skip
             with pytest.raises(ValueError, match=r"\bt must be 0 … 8"):
                 getattr(diffusion, method)(*given)
     t, pixels = torch.tensor([1, 8]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     for method, given in (("add_noise", (pixels, t, x)), ("losses", (toy, pixels, t, None, x)),
-                          ("prior", (pixels,))):  # fmt: skip
-        with pytest.raises(ValueError, match="x0 .*must be .* not torch.uint8"):
+                          ("losses", (toy, pixels, t)), ("prior", (pixels,)),
+                          ("bits_per_dim", (toy, pixels)), ("sample", (toy, pixels))):  # fmt: skip
+        with pytest.raises(ValueError, match="must be floating-point numbers, not torch.uint8"):
             getattr(diffusion, method)(*given)
+    for noise in (x[:1], x[0], x[:, :1]):  # which torch would broadcast: the same for all images
+        with pytest.raises(ValueError, match=r"noise is \(.*x0 \(2, 3, 4, 4\)"):
+            diffusion.losses(toy, x, t, None, noise)
+    for calls, steps in ((0, 9), (-1, 9), (4, 1)):
+        with pytest.raises(ValueError, match="calls must be at least 1, and T 2"):
+            estimate_bits_per_dim(Diffusion(T=100, steps=steps), toy, x, calls=calls)
 
 def test_the_mean_without_clipping_is_eq_13():
     diffusion, x_t, eps = Diffusion("linear", 100), randn(3, 3, 4, 4), randn(3, 3, 4, 4, seed=1)
@@ -1855,6 +1864,15 @@ def test_a_row_without_a_finite_update_is_nan_and_ends_the_run(with_arrays):
     assert one[5] == 1 and np.isfinite(one).all() and np.isnan(two[1:3]).all()
     assert two[:1] + two[4:6] == [4, 1e-4, 2] and saved()["step"] == 2
 
+def test_a_grid_that_is_not_finite_ends_the_run_after_its_checkpoint(with_arrays, capsys):
+    flags = [*SMALL, "--out", "run", "--steps"]
+    assert script("train.py", *flags, 2, load_batch=at_steps([0], spoil_noise)) == 0
+    spoil("run/ckpt.pt", "out.2.bias")
+    assert script("train.py", *flags, 3, "--sample-every", 1) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "images [0, 1," in error and "1 of 3 updates were skipped" in error
+    assert saved()["step"] == 3 and not os.path.exists("run/samples/0000003.png")
+
 def test_fp16_halves_its_scale_until_gradients_are_finite_and_resumes_to_the_bit(with_arrays):
     flags = SMALL + "--dtype fp16 --dropout 0.1 --lr 0.01 --log-every 99 --steps".split()
     assert script("train.py", *flags, 1, "--out", "once") == 0
@@ -2341,10 +2359,14 @@ def test_upsamplers_and_one_image_are_measured_and_nan_is_no_number(here, monkey
         assert measured(capsys, "--eval-calls", calls, "--eval-images", 1)[1] == 1
     assert {call["dtype"] for call in seen} == {torch.float32}
     os.remove("terms.csv")
-    spoil("c.pt", "out.2.bias")
-    for calls in (8, 7):
+    checkpoint("c.pt", classes=["0", "1", "2"])
+    for calls, spoilt in ((20, "label_emb.weight"), (7, "label_emb.weight"), (7, "out.2.bias")):
+        spoil("c.pt", spoilt, 1)
         assert script("train.py", *MEASURE, "--eval-calls", calls) == 1
-        assert "bits/dim" not in capsys.readouterr().out and not os.path.exists("terms.csv")
+        out, error = capsys.readouterr()
+        assert "bits/dim" not in out and not os.path.exists("terms.csv")
+        which = "[1, 4, 7]" if spoilt != "out.2.bias" else "[0, 1, 2, 3, 4, 5, 6, 7, 8] and more"
+        assert error.endswith(f"c.pt: not finite: the bound of images {which}\n")
 
 # ---- sample.py ---------------------------------------------------------------------------------
 

@@ -139,7 +139,8 @@ def train(args, network, process, ckpt, device, dtype):
         stateful[name].load_state_dict(ckpt.pop(name))
     about = dict(config=vars(args), unet=network, diffusion=process, classes=classes)
     start, begin = ckpt.get("step", 0), time.monotonic() - ckpt.get("seconds", 0)
-    sums = ckpt.get("sums", torch.zeros(4)).to(device)  # loss, norm, updates taken and skipped
+    # Since the last row: loss, norm, updates taken and skipped; and those skipped in all.
+    sums = ckpt.get("sums", torch.zeros(5)).to(device)
     begin_log(args, start, len(images))
     net = torch.compile(model) if args.compile else model
     if WORLD > 1:
@@ -181,7 +182,7 @@ def train(args, network, process, ckpt, device, dtype):
         t_sampler.update(t, losses)
         taken = norm.isfinite().float()
         means = torch.stack([weights @ losses * (WORLD / args.batch), norm]).nan_to_num(0, 0, 0)
-        sums += torch.stack([*means * taken, taken, 1 - taken])
+        sums += torch.stack([*means * taken, taken, 1 - taken, 1 - taken])
 
         # Now and then: a row of the log, a checkpoint, a grid of samples (in this order, so that a
         # grid that kills the run costs nothing).
@@ -198,7 +199,10 @@ def train(args, network, process, ckpt, device, dtype):
                 torch.save(about | states, f"{args.out}/ckpt.pt.tmp")
                 os.replace(f"{args.out}/ckpt.pt.tmp", f"{args.out}/ckpt.pt")
         if RANK == 0 and draws and not stopping:
-            draw_samples(args, done, average, few, images, labels, dtype)
+            try:
+                draw_samples(args, done, average, few, images, labels, dtype)
+            except FloatingPointError as error:
+                sys.exit(f"samples {error}; {sums[4]:.0f} of {done} updates were skipped")
         if stopping:
             gather(stop)  # the other ranks wait until rank 0 has saved
             print(f"saved {args.out}/ckpt.pt after update {done} of {args.steps}")
@@ -291,8 +295,8 @@ def estimate_bound(args, model, diffusion, x0, y, dtype):
 def write_row(args, step, sums, bound, lr, seconds):
     """Write and print the means since the last row, for which the host waits for the device.
     Raises FloatingPointError if no update since the last row had a finite gradient."""
-    loss, norm, taken, skipped = gather(sums[None]).mean(0).tolist()
-    sums.zero_()
+    loss, norm, taken, skipped, _ = gather(sums[None]).mean(0).tolist()
+    sums[:4] = 0
     loss, norm, bits = (loss / taken, norm / taken, bound.item()) if taken else [math.nan] * 3
     if RANK == 0:
         with open(f"{args.out}/log.csv", "a") as file:
@@ -303,7 +307,8 @@ def write_row(args, step, sums, bound, lr, seconds):
     tqdm.write(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim{skips}, {left} left")
     sys.stdout.flush()  # into a file, too
     if not taken:
-        raise FloatingPointError("no gradient was finite: try a lower --lr, with another --out")
+        message = f"{skipped:.0f} updates in a row were skipped, as their gradients are not finite"
+        raise FloatingPointError(f"{message}: try a lower --lr, with another --out")
 
 def draw_samples(args, step, average, diffusion, images, labels, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
@@ -499,11 +504,12 @@ def evaluate(args, model, process, classes, device, dtype):
     torch.manual_seed(generator(args.seed, RANK, stream="dropout").initial_seed())
     exact, calls = args.eval_calls >= diffusion.num_steps, args.eval_calls // 2 - 1
 
-    # For each image the bound, half the difference of two estimates, and the prior. For each t the
-    # sum of all L_t, and their number.
-    bounds, sums = [torch.zeros(0, 3)], torch.zeros(2, diffusion.num_steps).double()
+    # For each image the bound, half the difference of two estimates, the prior, and its number. For
+    # each t the sum of all L_t, and their number.
+    bounds, sums = [torch.zeros(0, 4)], torch.zeros(2, diffusion.num_steps).double()
     for start in tqdm(range(0, len(mine), args.batch), "bits/dim", disable=RANK > 0 or None):
-        x0, y = to_device(images, labels, mine[start : start + args.batch], device)
+        part = mine[start : start + args.batch]
+        x0, y = to_device(images, labels, part, device)
         net = give_low_res(model, x0, args.low_res)
         with autocast(device, dtype):
             if exact:
@@ -513,12 +519,14 @@ def evaluate(args, model, process, classes, device, dtype):
                 total, terms, prior = estimate_bits_per_dim(diffusion, net, x0, y, calls)
                 other, more, _ = estimate_bits_per_dim(diffusion, net, x0, y, calls)
                 terms = torch.cat([terms, more])
-        bounds.append(torch.stack([(total + other) / 2, (total - other) / 2, prior], 1).cpu())
+        parts = (total + other) / 2, (total - other) / 2, prior, torch.from_numpy(part).to(prior)
+        bounds.append(torch.stack(parts, 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
-    bound, half, prior = gather(torch.cat(bounds).double()).unbind(1)
+    bound, half, prior, numbers = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
-    if not bound.isfinite().all():
-        sys.exit(f"{args.ckpt}: the bound of {(~bound.isfinite()).sum()} images is not finite")
+    if bad := numbers[~bound.isfinite()].int().tolist():
+        which = f"{sorted(bad)[:9]}{' and more' if len(bad) > 9 else ''}"
+        sys.exit(f"{args.ckpt}: not finite: the bound of images {which}")
 
     # The mean bound and its standard errors, its parts, and a file of its terms.
     errors = "every term computed" if exact else f"± {half.norm() / n:.4f} (timesteps and noise)"
