@@ -57,14 +57,15 @@ class Diffusion:
             if schedule not in SCHEDULES or T < 1:
                 raise ValueError(f"no schedule {schedule!r} in {list(SCHEDULES)} with T = {T}")
             schedule = SCHEDULES[schedule](T)
-        betas = torch.as_tensor(schedule, dtype=torch.float64).cpu()
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("schedule: betas must be one row of numbers between 0 and 1")
+        betas = torch.as_tensor(schedule, dtype=torch.float64).detach().cpu()
+        between = betas.ndim == 1 and len(betas) and ((betas > 1e-15) & (betas < 1)).all()
+        if not between or (1 - betas).prod() < 1e-76:  # whose root is float32's smallest number
+            raise ValueError("schedule: betas must be one row from 0 to 1, with alphas_bar above 0")
         T = len(betas)
         given = torch.as_tensor(T if steps is None else steps).cpu()
         timesteps = given.long()
         if timesteps.ndim == 0 and 1 <= timesteps <= T:
-            timesteps = torch.tensor(select_timesteps(int(timesteps), T - 1))
+            timesteps = torch.tensor(select_timesteps(int(timesteps), T - 1), device="cpu")
         rising = timesteps.ndim == 1 and len(timesteps) and (timesteps.diff() > 0).all()
         if not rising or given.is_floating_point() or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"steps must be 1 … {T}, or a rising list below {T}, not {steps}")
@@ -99,8 +100,9 @@ class Diffusion:
         """The table's value for each image, in at least float32, shaped to multiply x."""
         if not x.is_floating_point():
             raise ValueError(f"x0 and x_t must be floating-point numbers, not {x.dtype}")
-        if t.dtype != torch.int64 or (t.is_cpu and not ((t >= 0) & (t < self.num_steps)).all()):
-            raise ValueError(f"t must be 0 … {self.num_steps - 1}, int64, not {t.tolist()}")
+        right = t.dtype == torch.int64 and t.shape == x.shape[:1]
+        if not right or (t.is_cpu and not ((t >= 0) & (t < self.num_steps)).all()):
+            raise ValueError(f"t must be 0 … {self.num_steps - 1}, int64 (N,), not {t.tolist()}")
         dtype = torch.promote_types(x.dtype, torch.float32)
         return table.gather(0, t).to(dtype).view(-1, *[1] * (x.ndim - 1))
 
@@ -119,6 +121,8 @@ class Diffusion:
 
     def prior(self, x0):
         """L_T = KL(q(x_T | x0) || N(0, 1)) -> (N,) bits per dimension (eq. 7). Needs no network."""
+        if x0.is_cpu and (x0.abs() > 1.001).any():  # the decoder knows no other pixels
+            raise ValueError("bits per dimension are of x0 in [-1, 1]")
         last = torch.full(x0.shape[:1], self.num_steps - 1, device=x0.device)
         mean = self._at(self.sqrt_alphas_bar, last, x0) * x0
         variance = self._at(1 - self.alphas_bar, last, x0)
@@ -129,9 +133,10 @@ class Diffusion:
         """Call the model (only this method does) -> ε and v (or None), each (N, C, H, W)."""
         time = self._at(self.times, t, x_t).flatten().float()
         out = model(x_t, time, y).to(torch.promote_types(x_t.dtype, torch.float32))
-        C, n = x_t.shape[1], out.shape[1]
-        if n != 2 * C and (n != C or self.variance == "learned"):
-            raise ValueError(f"the model returned {n} channels: ε takes {C}, a learned v {C} more")
+        (N, C, *size), n = x_t.shape, out.shape[1]
+        if out.shape != (N, n, *size) or n not in (2 * C, C)[: 1 + (self.variance != "learned")]:
+            raise ValueError(f"the model returned {tuple(out.shape)} for x_t {tuple(x_t.shape)}: "
+                             "ε takes C channels, and a learned v takes C more")
         return out[:, :C], (out[:, C:] if n > C else None)
 
     def reverse(self, eps, v, x_t, t, clip=True):
@@ -197,7 +202,8 @@ class Diffusion:
         return torch.stack(terms, 1), self.prior(x0)
 
     def sample(self, model, noise, y=None, sampler="ancestral", progress=False, **options):
-        """Images (N, C, H, W) from x_T = noise: the last x of one of SAMPLERS, with its options."""
+        """Images (N, C, H, W) from x_T = noise: the last x of one of SAMPLERS, with its options;
+        clip=False for data outside [-1, 1]. The model must be in eval mode."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be in {list(SAMPLERS)}, not {sampler!r}")
         walk = SAMPLERS[sampler](self, model, noise, y, **options)
@@ -261,9 +267,10 @@ def ddim(diffusion, model, x, y=None, clip=True, generators=None, eta=0.0, order
     variance = eta**2 * diffusion.posterior_variance
     log_snr = (alphas_bar / (1 - alphas_bar)).log()  # Lu et al.'s 2λ
     previous = None  # the x0_hat of the step before
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # small steps add up
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full(x.shape[:1], i, device=x.device)
-        eps, v = diffusion.predict(model, x, t, y)
+        eps, v = diffusion.predict(model, x.to(dtype), t, y)
         x0_hat = diffusion.reverse(eps, v, x, t, clip)[2]
         ahead = x0_hat
         if order == 2 and 0 < i < diffusion.num_steps - 1:
@@ -272,9 +279,9 @@ def ddim(diffusion, model, x, y=None, clip=True, generators=None, eta=0.0, order
         eps = (x - alphas_bar[i].sqrt() * ahead) / (1 - alphas_bar[i]).sqrt()
         mean = before[i].sqrt() * ahead + (1 - before[i] - variance[i]).clamp(min=0).sqrt() * eps
         if i > 0 and eta > 0:  # the last step adds no noise
-            mean = mean + variance[i].sqrt() * randn_like(x, generators)
-        x, previous = mean.to(x.dtype), x0_hat
-        yield i, x, x0_hat
+            mean = mean + variance[i].sqrt() * randn_like(x.to(dtype), generators)
+        x, previous = mean, x0_hat
+        yield i, x.to(dtype), x0_hat
 
 SAMPLERS |= {"ddim": ddim, "dpm++": partial(ddim, eta=1.0, order=2)}
 
@@ -293,7 +300,7 @@ def guided(model, scale):
     with twice the batch. It must have been trained with y = -1, no class, now and then."""
 
     def guided_model(x_t, time, y, **inputs):
-        labels = torch.cat([y, torch.full_like(y, -1)])
+        labels = torch.cat([y.long(), torch.full_like(y, -1, dtype=torch.int64)])
         twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
         out = model(torch.cat([x_t, x_t]), torch.cat([time, time]), labels, **twice)
         cond, uncond = out.to(torch.promote_types(x_t.dtype, torch.float32)).chunk(2)

@@ -99,8 +99,11 @@ class UNet(nn.Module):
 
         y        (N,) int64, the class of each image, -1 for none; for a class-conditional network
         low_res  (N, in_channels, s, s) in [-1, 1], the small images; for an upsampler
-        Raises ValueError if one is missing, or is given to a network that has no use for it.
+        Raises ValueError if one is missing, or is given to a network that has no use for it, or
+        if images are not floating-point numbers.
         """
+        if not all(each.is_floating_point() for each in (x, low_res) if each is not None):
+            raise ValueError("x and low_res must be floating-point numbers")
         if (y is None) != (self.config.num_classes is None):
             raise ValueError("y must be given if and only if the network has num_classes")
         if (low_res is None) != (self.config.low_res is None):

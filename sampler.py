@@ -52,7 +52,7 @@ class ImportanceSampler(UniformSampler):
         """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call;
         each adds the losses of all. Losses that are not finite are left out."""
         t, losses = gather(torch.stack([t.float(), losses.detach().float()], 1)).unbind(1)
-        t, finite = t.long(), losses.isfinite()
+        t, finite = t.long(), losses.abs() < 1e18  # not NaN, and the square is finite
         same = (t[:, None] == t) & finite  # which losses belong to the same t
         before, after = same.tril(-1).sum(1), same.triu(1).sum(1)  # earlier and later ones
         kept = finite & (after < self.history)  # of many at one t, the last `history` stay

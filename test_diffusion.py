@@ -196,7 +196,8 @@ def test_impossible_processes_are_refused():
             0, 4001, -1, [], [-1, 5], [4000], [5, 5], [5, 4], [0, 2, 1], np.array([1.0, 2.0]),
             [[1, 2]], np.int64(4001), torch.tensor([3, 1]), [math.nan])),
         *((dict(schedule=betas), "betas") for betas in (
-            [0.5, 1.5], [0.0, 0.5], [0.5, 1.0], [0.5, math.nan], [-0.1, 0.5], [[0.1]], [], 0.1)),
+            [0.5, 1.5], [0.0, 0.5], [0.5, 1.0], [0.5, math.nan], [-0.1, 0.5], [[0.1]], [], 0.1,
+            [0.5] * 300, [1e-17, 0.1])),  # alphas_bar would be 0, or equal to the one before
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Diffusion(**arguments)
@@ -264,7 +265,7 @@ def test_prior_is_the_kl_to_the_standard_normal():
 
 def test_timesteps_out_of_range_and_integer_images_are_refused():
     diffusion, x = Diffusion(T=100, steps=9), images(2)
-    for t in map(torch.tensor, ([0, 9], [-1, 3], [0.0, 1.0])):
+    for t in map(torch.tensor, ([0, 9], [-1, 3], [0.0, 1.0], [3], [1, 2, 3], [[1], [2]], 4)):
         for method, given in (("add_noise", (x, t, x)), ("posterior", (x, x, t)),
                               ("losses", (toy, x, t)), ("reverse", (x, x, x, t)),
                               ("predict", (toy, x, t)), ("vlb_term", (x, x, t, x, x))):  # fmt: skip
@@ -279,6 +280,9 @@ def test_timesteps_out_of_range_and_integer_images_are_refused():
     for noise in (x[:1], x[0], x[:, :1]):  # which torch would broadcast: the same for all images
         with pytest.raises(ValueError, match=r"noise is \(.*x0 \(2, 3, 4, 4\)"):
             diffusion.losses(toy, x, t, None, noise)
+    for measure in (Diffusion.bits_per_dim, estimate_bits_per_dim):
+        with pytest.raises(ValueError, match=r"x0 in \[-1, 1\]"):  # the decoder's pixels
+            measure(diffusion, toy, 127.5 * x + 127.5)
     for calls, steps in ((0, 9), (-1, 9), (4, 1)):
         with pytest.raises(ValueError, match="calls must be at least 1, and T 2"):
             estimate_bits_per_dim(Diffusion(T=100, steps=steps), toy, x, calls=calls)
@@ -329,8 +333,11 @@ def test_predict_splits_eps_and_v():
     assert Diffusion(variance="small").predict(constant_model(one), x, t)[1] is None
     for variance, channels in (("learned", 3), ("learned", 9), ("small", 4), ("large", 5)):
         model = constant_model(x.new_zeros(2, channels, 4, 4))
-        with pytest.raises(ValueError, match=f"returned {channels} channels"):
+        with pytest.raises(ValueError, match=rf"returned \(2, {channels}, 4, 4\)"):
             Diffusion(variance=variance).predict(model, x, t)
+    for shape in ((1, 6, 4, 4), (2, 6, 1, 1), (2, 6, 4, 1)):  # which would be broadcast
+        with pytest.raises(ValueError, match=r"returned .* for x_t \(2, 3, 4, 4\)"):
+            Diffusion().predict(constant_model(x.new_zeros(shape)), x, t)
 
 # ---- Losses and likelihood ---------------------------------------------------------------------
 
@@ -673,6 +680,20 @@ def test_images_of_any_precision_are_computed_with_in_float32_at_least(dtype):
     for each in diffusion.predict(lambda x, time, y: toy(x, time).bfloat16(), x0, t):
         assert each.dtype == wide  # an autocast network's outputs are widened
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_steps_without_noise_do_not_add_up_the_errors_of_16_bits(dtype):
+    diffusion = Diffusion(T=1000)  # of data N(0, 0.3²), with the exact ε
+
+    def model(x, time, y):
+        a = diffusion.alphas_bar[(time * diffusion.T / 1000).round().long()].view(-1, 1, 1, 1)
+        eps = (1 - a).sqrt() / (1 - a + 0.09 * a) * x.double()
+        return torch.cat([eps, eps], 1)
+
+    for sampler, how in (("ddim", {}), ("ddim", dict(eta=0.5)), ("dpm++", {}), ("ancestral", {})):
+        torch.manual_seed(0)
+        x = diffusion.sample(model, randn(4, 3, 16, 16).to(dtype), sampler=sampler, **how)
+        assert x.dtype == dtype and abs(x.double().std() - 0.3) < 0.3 * 4.5 / (2 * 3072) ** 0.5
+
 # ---- Beyond the paper: few steps, guidance, the bound from a few calls -------------------------
 
 @pytest.mark.parametrize("T, size, schedule", [(4000, 32, "cosine"), (400, 8, "linear")])
@@ -709,6 +730,9 @@ def test_guidance_goes_from_the_unconditional_to_the_conditional_eps(scale):
     eps = unconditional[:, :3] + scale * (conditional[:, :3] - unconditional[:, :3])
     assert_allclose(found[:, :3], eps, rtol=1e-12)
     assert torch.equal(found[:, 3:], conditional[:, 3:])  # v
+    for labels in (torch.tensor([True, False]), torch.tensor([1, 0], dtype=torch.uint8)):
+        guided(model, scale)(x, time, labels, low_res=small)
+        assert calls[-1] == [1, 0, -1, -1]  # -1 is True, or 255, in the precision of these
     if scale in (0, 1):  # exactly
         assert torch.equal(found[:, :3], (conditional if scale else unconditional)[:, :3])
     # A network without v whose outputs have 16 bits, and images of any precision.
@@ -851,13 +875,14 @@ def test_importance_sampler_keeps_the_last_losses_of_each_t(T, length, uniform, 
         t = [rng.integers(T, size=size) for size in sizes]
         losses = [rng.uniform(0, 5, size) for size in sizes]
         for each in losses:
-            for bad in (np.nan, np.inf, -np.inf):
+            for bad in (np.nan, np.inf, -np.inf, 2e20):  # the last's square is infinite
                 each[rng.uniform(size=len(each)) < 0.1] = bad
         if ranks == 2:
             second_rank(monkeypatch, torch.tensor(np.stack([t[1], losses[1]], 1)).float())
-        sampler.update(torch.from_numpy(t[0]), torch.from_numpy(losses[0]))
+        sampler.update(torch.from_numpy(t[0]), torch.from_numpy(losses[0]).requires_grad_())
+        assert not sampler.losses.requires_grad
         for i, loss in zip(np.concatenate(t), np.concatenate(losses)):
-            history[i] += [loss] if np.isfinite(loss) else []
+            history[i] += [loss] if abs(loss) < 1e20 else []
         p = np.full(T, 1 / T)
         if min(map(len, history)) == length:  # eq. 18, and a uniform share
             root = np.array([np.sqrt(np.mean(np.square(h))) for h in history])
