@@ -323,6 +323,8 @@ def load_npz(path):
         raise ValueError(f"{path} must hold arr_0 or images, uint8 (N, S, S, 3)")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"{path} holds {len(images)} images, but labels {labels.shape}")
+    if labels is not None and labels.dtype.kind not in "iubSU":
+        raise ValueError(f"{path}: labels must be whole numbers or names, not {labels.dtype}")
     if labels is not None and names is not None:
         if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(names))).all():
             raise ValueError(f"{path}: labels must be indices of the {len(names)} class_names")

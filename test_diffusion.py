@@ -973,6 +973,10 @@ def test_an_upsampler_sees_the_enlarged_image_beside_x(low_res):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{missing} must be given if and only if"):
             net(*given)
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    for given in ((pixels, t, y, small), (x, t, y, pixels[..., :low_res, :low_res])):
+        with pytest.raises(ValueError, match="must be floating-point numbers"):
+            model(*given)
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7])
 def test_dropout_follows_silu_and_is_for_training_alone(p):
@@ -1508,7 +1512,7 @@ OTHER = dict(  # than in FULL; what a resumed run may not change, and what it ma
     image_size=16, class_cond=None, low_res=4, schedule="linear", T=5, channels=16,
     channel_mult="1,1", num_res_blocks=2, attention_resolutions="8", num_heads=4, label_dropout=0.5,
     flip=None, objective="simple", variance="small", t_sampler="uniform", dropout=0.5, batch=5,
-    lr=0.5, warmup=9, ema=0.1, grad_clip=2, seed=6,
+    lr=0.5, warmup=9, ema=0.1, grad_clip=2, seed=6, init="c.pt",
 )  # fmt: skip
 FREE = dict(data="y.npz", device="auto", dtype="bf16", steps=7, accum=4, log_every=1,
             sample_every=5, save_every=9)  # fmt: skip
@@ -1518,7 +1522,7 @@ def test_a_resumed_run_keeps_what_it_is_and_may_change_how_it_runs(whole, with_a
     names, config = load_script("train.py"), saved(whole)["config"]
     names["load_checkpoint"], parse = functools.cache(names["load_checkpoint"]), names["parse_args"]
     assert config == parsed(*FULL, "--data", whole / "x.npz", "--steps", 9, "--out", whole)
-    more = "init out compile eval_only ckpt eval_images eval_steps eval_calls spacing".split()
+    more = "out compile eval_only ckpt eval_images eval_steps eval_calls spacing".split()
     assert config.keys() == {*OTHER, *FREE, *more}
     def words(name, value):
         name = "--" + name.removesuffix("_resolutions").replace("_", "-")
@@ -1550,7 +1554,7 @@ BAD = """
     train.py --data names.npz; train.py --T 1; train.py --channels 5 --channel-mult 4 → channels
     sample.py --ckpt no → no; sample.py --ckpt file → file; sample.py --n 0; sample.py --steps 21
     sample.py --class X → X; sample.py --guidance 2; sample.py --eta 0.5; sample.py --out x.jpg
-    sample.py --out s3://b/x.npz; sample.py --low-res x.npz; sample.py --variance small
+    sample.py --out s3://b/x.npz; train.py --out s3://b/run; train.py --data halves.npz → names; sample.py --low-res x.npz; sample.py --variance small
 """.replace("\n", ";").split(";")
 
 @pytest.mark.parametrize("line", [line.strip() for line in BAD if line.strip()])
@@ -1559,6 +1563,7 @@ def test_what_is_typed_wrong_is_refused_by_name_and_leaves_nothing(line, here, c
     np.savez("float.npz", arr_0=pixels / 255)
     np.savez("wide.npz", arr_0=pixels[:, 2:])
     np.savez("labels.npz", arr_0=pixels, arr_1=np.arange(9))
+    np.savez("halves.npz", arr_0=pixels, arr_1=np.arange(10) / 2)
     np.savez("names.npz", arr_0=pixels, arr_1=np.arange(10) - 1, class_names=list("abcdefghij"))
     put("file")
     checkpoint("c.pt", classes=["2", "0", "dog"])
@@ -1898,6 +1903,14 @@ def test_a_grid_that_is_not_finite_ends_the_run_after_its_checkpoint(with_arrays
     assert "images [0, 1," in error and "1 of 3 updates were skipped" in error
     assert saved()["step"] == 3 and not os.path.exists("run/samples/0000003.png")
 
+def test_a_gradient_whose_norm_overflows_leaves_the_weights_finite():
+    for clip in (0, 1.0):
+        w = torch.nn.Parameter(torch.zeros(5))
+        optimizer, scaler = torch.optim.AdamW([w]), torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(1e30 * w.sum()).backward()
+        norm = train.update_weights([w], optimizer, scaler, clip, False)
+        assert norm.isinf() and w.isfinite().all()
+
 def test_fp16_halves_its_scale_until_gradients_are_finite_and_resumes_to_the_bit(with_arrays):
     flags = SMALL + "--dtype fp16 --dropout 0.1 --lr 0.01 --log-every 99 --steps".split()
     assert script("train.py", *flags, 1, "--out", "once") == 0
@@ -2029,7 +2042,15 @@ def test_labels_stay_with_their_images_however_long_one_takes(here):
 def test_a_folder_is_decoded_once_and_again_if_it_changes(here, monkeypatch):
     picture("p/a.png", "red")
     picture("p/b.bmp", "lime")
-    assert load() == load("./p/") == ["red", "lime"]
+    names, replace = set(), os.replace
+    with monkeypatch.context() as patch:  # in two containers, processes may have the same number
+        patch.setattr(os, "getpid", lambda: 7)
+        patch.setattr(os, "replace", lambda tmp, path: names.add(tmp) or replace(tmp, path))
+        for _ in range(2):
+            assert load() == load("./p/") == ["red", "lime"]
+            shutil.rmtree("data/cache")
+        assert len(names) == 2
+    assert load() == ["red", "lime"]
     os.symlink("p", "link")
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", lambda *_: pytest.fail("decoded again"))
@@ -2072,10 +2093,24 @@ def test_what_failed_is_named_and_tried_again_at_each_start(here, monkeypatch, c
         assert load() == ["red"] and "b.png" in capsys.readouterr().out
     wrong.clear()  # the file itself has not changed
     assert load() == ["red", "blue"] and "b.png" not in capsys.readouterr().out
-    wrong[:] = [MemoryError()]  # says nothing about the picture
     picture("p/c.png")
-    with pytest.raises(MemoryError):
+    for wrong[:] in ([MemoryError()], [OSError(5, "disk")], [OSError(24, "too many open files")]):
+        with pytest.raises(type(wrong[0])):  # which say nothing about the picture
+            load()
+    wrong[:] = [OSError(22, "a wrong offset in the file")]
+    assert load() == ["red", "red"]
+    wrong.clear()
+    real = os.scandir
+    def scandir(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(13, "denied", path)
+        return real(path)
+    picture("p/dog/x.png")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="dog"):  # else a class were missing
         load()
+    os.renames("p/dog", "p/cat/lost+found/dog")
+    assert len(load()) == 3  # what is left out anyway need not be readable
 
 def test_links_are_followed_at_any_depth_and_loops_are_cut(here):
     picture("far/cat/1.png", "red")

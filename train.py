@@ -13,6 +13,7 @@ The same command again resumes the run from its last checkpoint, on any number o
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import glob
 import hashlib
@@ -92,8 +93,8 @@ add("--warmup", type=natural, default=0, help="updates in which the rate rises t
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
 add("--grad-clip", type=number(float, 0), default=0, help="largest norm of a gradient; 0: no limit")
 add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
-add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
 add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
+add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
 add("--out", metavar="DIR", help="the run's directory; None: runs/ and the data's name")
 add("--device", choices=DEVICES, default="auto", help="where to compute")
 add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products")
@@ -207,7 +208,7 @@ def train(args, network, process, ckpt, device, dtype):
             gather(stop)  # the other ranks wait until rank 0 has saved
             print(f"saved {args.out}/ckpt.pt after update {done} of {args.steps}")
             sys.exit(128 + stopping)
-    print(f"{args.out}/ckpt.pt")
+    print(f"{args.out}/ckpt.pt has {max(start, args.steps)} updates")
 
 # ---- What the loop calls -----------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
     """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler (also
     one of scale 1) makes the optimizer skip the step, on the device: the host need not wait."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)  # inf: measure it only
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)  # inf / inf would be NaN
     scaler.step(optimizer)
     scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
     optimizer.zero_grad()
@@ -428,24 +429,28 @@ def list_pictures(root):
     Links are followed, except to a folder that contains root; within a class, a folder is entered
     once. Hidden names are skipped; not entered are runs, and what file servers keep."""
     suffixes, home = Image.registered_extensions(), os.path.realpath(root)
-    listing, others, seen = [], 0, set()
-    for folder, folders, files in os.walk(root, onerror=print, followlinks=True):
+    listing, others, seen, errors = [], 0, set(), []
+    for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
         inside, real = os.path.relpath(folder, root), os.path.realpath(folder)
         place = inside.split(os.sep)[0], real
         above = os.path.commonpath([home, real]) == real
-        left_out = "ckpt.pt" in files or os.path.basename(folder) in SERVERS_FOLDERS
+        left_out = "ckpt.pt" in files
         if inside != "." and (above or place in seen or left_out):
             folders.clear()
             others += left_out
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")
+        others += sum(name in SERVERS_FOLDERS for name in folders)
+        folders[:] = [name for name in folders if name not in SERVERS_FOLDERS]
         for path in (os.path.join(folder, name) for name in files if name[0] != "."):
             if os.path.splitext(path)[1].lower() in suffixes and os.path.isfile(path):
                 info = os.stat(path)
                 listing.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns))
             else:
                 others += 1
+    if errors:  # a folder that cannot be listed may be a whole class
+        raise errors[0]
     return sorted(listing), others
 
 def decode(cache, digest, paths, read):
@@ -454,7 +459,8 @@ def decode(cache, digest, paths, read):
     for old in glob.glob(glob.escape(cache) + ".*.tmp"):
         if time.time() - os.path.getmtime(old) > 86_400:  # of a decoding that was killed
             os.remove(old)
-    tmp, readable = f"{cache}.{RANK}.{os.getpid()}.tmp", np.zeros(len(paths), bool)
+    # Two containers that share data/cache can have processes of the same number.
+    tmp, readable = f"{cache}.{os.urandom(8).hex()}.tmp", np.zeros(len(paths), bool)
     with open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
         file.write(digest + readable.tobytes())
         for start in tqdm(range(0, len(paths), 256), "decoding", disable=None):
@@ -484,9 +490,10 @@ def read_picture(root, size, path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow has one for every way in which a file can be broken
+        of_the_file = (None, errno.EACCES, errno.EINVAL, errno.ENOENT)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in of_the_file:
+            raise  # the machine failed, not this picture alone
         print(f"left out {path!r}: {error}")
 
 # ---- Bits per dimension ------------------------------------------------------------------------
@@ -549,7 +556,7 @@ PROCESS = {"schedule", "T", "variance"}
 SHAPE = {"image_size", "low_res", "class_cond", "channels", "channel_mult", "num_res_blocks",
          "attention_resolutions", "num_heads"}  # fmt: skip
 EVAL = {"ckpt", "eval_images", "eval_steps", "eval_calls", "spacing"}
-MAY_CHANGE = EVAL | {"data", "out", "init", "device", "dtype", "compile", "steps", "accum",
+MAY_CHANGE = EVAL | {"data", "out", "device", "dtype", "compile", "steps", "accum",
                      "log_every", "sample_every", "save_every", "eval_only"}  # fmt: skip
 
 def parse_args(argv):
@@ -609,6 +616,8 @@ def parse_args(argv):
             parser.error("--ckpt, --eval-images, --eval-steps and so on need --eval-only")
         if args.objective == "hybrid" and args.variance != "learned":
             parser.error("--objective hybrid trains a variance; give simple or vlb")
+        if "://" in args.out:
+            parser.error(f"--out {args.out} must be a folder")
         if args.batch < WORLD * args.accum:
             parser.error(f"--batch {args.batch} is below {WORLD} ranks × --accum {args.accum}")
     return args, ckpt
