@@ -60,7 +60,7 @@ class Diffusion:
         betas = torch.as_tensor(schedule, dtype=torch.float64).detach().cpu()
         between = betas.ndim == 1 and len(betas) and ((betas > 1e-15) & (betas < 1)).all()
         if not between or (1 - betas).prod() < 1e-76:  # whose root is float32's smallest number
-            raise ValueError("schedule: betas must be one row from 0 to 1, with alphas_bar above 0")
+            raise ValueError("schedule: betas must be one row between 0 and 1, with alphas_bar > 0")
         T = len(betas)
         given = torch.as_tensor(T if steps is None else steps).cpu()
         timesteps = given.long()

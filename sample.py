@@ -104,7 +104,9 @@ def main():
         arrays["class_names"] = ckpt["classes"]
         save(args.out, np.savez, **{k: array for k, array in arrays.items() if array is not None})
     elif RANK == 0 and kind != "folder":
-        film = [make_picture(frame) for frame in drawn.unbind(1)]
+        K = model.config.num_classes or 0  # if the classes come in turn, each has a column
+        in_turn = 0 < K <= 20 and args.n % K == 0 and args.label is None and not args.low_res
+        film = [make_picture(frame, K if in_turn else None) for frame in drawn.unbind(1)]
         times = [60] * (len(film) - 1) + [2000]  # milliseconds
         gif = dict(format="gif", save_all=True, append_images=film[1:], loop=0, duration=times)
         save(args.out, film[0].save, **(gif if kind == ".gif" else dict(format="png")))

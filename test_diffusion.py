@@ -2484,6 +2484,15 @@ def test_each_image_is_of_its_class_in_every_output(flags, here, monkeypatch, ca
     assert file["class_names"].tolist() == PETS and len(os.listdir("deeper/folder")) == 8
     assert sorted(os.listdir()) == ["c.pt", "deep", "deeper", "x.png"]
 
+def test_classes_that_come_in_turn_have_a_column_each(here, monkeypatch):
+    checkpoint("c.pt", classes=PETS)
+    draw_colours(monkeypatch)
+    for n, flags, columns in ((12, "", 3), (3, "", 3), (16, "", 4), (12, "--class dog", 4)):
+        sample("--ckpt", "c.pt", "--n", n, "--steps", 2, *flags.split())
+        y = torch.arange(n) % 3 if not flags else torch.full((n,), 2)
+        tiles = cells("samples.png", columns, 8)[:n].permute(0, 2, 3, 1)
+        assert_close(tiles, bytes_of(colour_of(y)))
+
 def test_a_gif_goes_from_noise_to_the_images(here, monkeypatch):
     checkpoint("c.pt", T=200, classes=PETS)
     draw_colours(monkeypatch, T=200)
