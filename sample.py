@@ -24,7 +24,9 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion import SAMPLERS, Diffusion, few_steps, generator, guided, randn_like
+from diffusion import (
+    SAMPLERS, Diffusion, few_steps, generator, guided, randn_like, start_upsampling,
+)  # fmt: skip
 from model import (
     DEVICES, DTYPES, RANK, WORLD, autocast, load_checkpoint, load_npz, make_picture, number,
     pick_device, pick_dtype, to_pixels,
@@ -82,7 +84,12 @@ def main():
         generators = [generator(args.seed, i, device) for i in part]
         noise = randn_like(torch.empty(len(part), *shape, device=device), generators)
         y = None if labels is None else labels[part].to(device)
-        net_part = net if small is None else partial(net, low_res=small[part].to(device))
+        net_part = net
+        if small is not None:
+            low_res = small[part].to(device)
+            net_part = partial(net, low_res=low_res)
+            if args.sampler == "dpm++":
+                noise = start_upsampling(diffusion, low_res, noise)
         with autocast(device, dtype):
             steps = walk(diffusion, net_part, noise, y, generators=generators)
             frames = [x for i, x, _ in steps if i in shown]
@@ -135,7 +142,8 @@ def choose_sampler(args, config, process):
         parser.error(f"--steps {steps}: {args.ckpt} has {T} timesteps")
     timesteps = min(steps, T)
     if args.sampler == "dpm++":
-        timesteps = few_steps(T, config.image_size, steps, process["schedule"])
+        upsampler = config.low_res is not None
+        timesteps = few_steps(T, config.image_size, steps, process["schedule"], upsampler)
     process = process | ({"variance": args.variance} if args.variance else {})
     options = {"eta": args.eta} if args.eta else {}
     return Diffusion(**process, steps=timesteps), partial(SAMPLERS[args.sampler], **options)

@@ -51,7 +51,7 @@ import train
 from diffusion import (
     SAMPLERS, SCHEDULES, Diffusion, ancestral, bits, cosine_betas, ddim, decoder_log_likelihood,
     estimate_bits_per_dim, few_steps, generator, guided, linear_betas, normal_kl, randn_like,
-    select_timesteps,
+    select_timesteps, start_upsampling,
 )  # fmt: skip
 from model import (
     Attention, GroupNorm, ResBlock, UNet, UNetConfig, attend, autocast, from_openai,
@@ -71,6 +71,9 @@ def images(n, size=4, seed=0):
 def randn(*shape, seed=0):
     g = torch.Generator().manual_seed(seed + 1000)
     return torch.randn(shape, generator=g, dtype=torch.float64)
+
+def enlarged(small, size):
+    return torch.nn.functional.interpolate(small, (size, size), mode="bilinear")
 
 def constant_model(*outputs):
     """A model that always returns these ε (and v), whatever it is shown."""
@@ -221,7 +224,7 @@ def test_the_defaults_do_not_change_unnoticed():
         (Diffusion.losses, dict(y=None, noise=None, objective="hybrid")),
         (Diffusion.sample, dict(y=None, sampler="ancestral", progress=False)),
         (ancestral, walk), (ddim, walk | dict(eta=0.0, order=1)),
-        (few_steps, dict(steps=25, schedule="cosine")),
+        (few_steps, dict(steps=25, schedule="cosine", upsampler=False)),
         (estimate_bits_per_dim, dict(y=None, calls=8)), (randn_like, dict(generators=None)),
         (generator, dict(device="cpu", stream="noise")), (make_picture, dict(columns=None)),
         (ImportanceSampler, dict(history=10, uniform=0.001)),
@@ -698,19 +701,27 @@ def test_many_steps_without_noise_do_not_add_up_the_errors_of_16_bits(dtype):
 
 @pytest.mark.parametrize("T, size, schedule", [(4000, 32, "cosine"), (400, 8, "linear")])
 def test_few_steps_begin_where_the_mean_pixel_is_lost_in_noise(T, size, schedule):
-    # The last timestep whose alphas_bar is at least 2/(H·W). With the cosine schedule, alphas_bar
-    # of index t is cos²(((t+1)/T + s)/(1+s)·π/2) / cos²(s/(1+s)·π/2).
+    # The last timestep whose alphas_bar is at least 0.25/(H·W). With the cosine schedule,
+    # alphas_bar of index t is cos²(((t+1)/T + s)/(1+s)·π/2) / cos²(s/(1+s)·π/2).
     a = np.cumprod([1 - 1000 / T * (1e-4 + 0.0199 * t / (T - 1)) for t in range(T)])
     if schedule == "cosine":
         f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         a = f[1:] / f[0]
-    last = max(t for t in range(T) if a[t] >= 2 / size**2)
-    for n in (10, 25):
-        steps = [max(i, round((i / (n - 1)) ** 1.15 * last)) for i in range(n)]
-        assert few_steps(T, size, n, schedule) == steps and steps[-1] == last < T - 1
-    # More steps than are left: all that are left. At least one.
-    assert few_steps(T, size, T, schedule) == [*range(last + 1)]
-    assert few_steps(T, 1, 25, schedule) == [0]
+    for upsampler, start in ((False, 0.25 / size**2), (True, 0.2)):
+        last = max(t for t in range(T) if a[t] >= start)
+        for n in (10, 25):
+            steps = [max(i, round((i / (n - 1)) ** 1.4 * last)) for i in range(n)]
+            found = few_steps(T, size, n, schedule, upsampler)
+            assert found == steps and steps[-1] == last < T - 1
+        # More steps than are left: all that are left. At least one.
+        assert few_steps(T, size, T, schedule, upsampler) == [*range(last + 1)]
+    assert few_steps(T, 0.4, 25, schedule) == [0]
+
+def test_an_upsampler_starts_from_its_noised_small_images():
+    diffusion, z, small = Diffusion(steps=[3, 2500]), randn(2, 3, 8, 8), randn(2, 3, 4, 4, seed=1)
+    a = diffusion.alphas_bar[-1]
+    expected = a.sqrt() * enlarged(small, 8) + (1 - a).sqrt() * z
+    assert_allclose(start_upsampling(diffusion, small, z), expected, rtol=1e-9)
 
 @pytest.mark.parametrize("scale", [0, 1, 3, 0.5])
 def test_guidance_goes_from_the_unconditional_to_the_conditional_eps(scale):
@@ -964,8 +975,7 @@ def test_an_upsampler_sees_the_enlarged_image_beside_x(low_res):
     plain.load_state_dict(model.state_dict())
     x, small = torch.randn(2, 3, 8, 8), torch.randn(2, 3, low_res, low_res)
     t, y = torch.tensor([3.0, 500]), torch.tensor([1, -1])
-    large = torch.nn.functional.interpolate(small, (8, 8), mode="bilinear", align_corners=False)
-    expected = plain(torch.cat([x, large], dim=1), t, y)
+    expected = plain(torch.cat([x, enlarged(small, 8)], dim=1), t, y)
     assert torch.allclose(model(x, t, y, low_res=small), expected, atol=1e-5)
     for net, given, missing in (
         (model, (x, t, y), "low_res"), (small_unet(num_classes=2), (x, t, y, small), "low_res"),
@@ -1935,13 +1945,18 @@ def cells(image, columns, size):
     places = [np.s_[y : y + cell : cell // size, x : x + cell : cell // size] for y, x in corners]
     return torch.from_numpy(np.stack([pixels[place] for place in places])).permute(0, 3, 1, 2)
 
-def drawn(model, process, n, y, sampler="dpm++", steps=25, seed=0, **options):
+def drawn(model, process, n, y, sampler="dpm++", steps=25, seed=0, small=None, **options):
     """What a model draws from the noise of images 0 … n-1, as whole numbers (n, 3, 8, 8)."""
     if sampler == "dpm++":
-        steps = few_steps(process["T"], 8, steps, process["schedule"])
+        upsampler = small is not None
+        steps = few_steps(process["T"], 8, steps, process["schedule"], upsampler)
     generators = [generator(seed, i) for i in range(n)]
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generators])
     walk = Diffusion(**process, steps=steps)
+    if small is not None:
+        model, a = functools.partial(model, low_res=small), walk.alphas_bar[-1].float()
+        if sampler == "dpm++":  # which begins from the small images
+            noise = a.sqrt() * enlarged(small, 8) + (1 - a).sqrt() * noise
     x = walk.sample(model, noise, y, sampler, generators=generators, **options)
     return ((x.clamp(-1, 1) + 1) * 127.5).round()
 
@@ -1981,8 +1996,8 @@ def test_grids_take_25_steps_and_parts_as_in_training(with_arrays, monkeypatch):
     blocks = images.float().unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))
     assert_close(tiles[:, 0], blocks.repeat_interleave(2, 2).repeat_interleave(2, 3))
     model, ckpt = load_checkpoint("up")
-    model = functools.partial(model, low_res=blocks / 127.5 - 1)
-    assert_close(tiles[:, 1], drawn(model, ckpt["diffusion"], 16, labels))
+    small = blocks / 127.5 - 1
+    assert_close(tiles[:, 1], drawn(model, ckpt["diffusion"], 16, labels, small=small))
     assert (tiles[:, 2] == images).all()
 
 # ---- train.py: a folder of images --------------------------------------------------------------
@@ -2549,6 +2564,17 @@ def test_flags_reach_the_sampler(flags, variance, steps, sampler, options, here,
     expected = drawn(model, process, 2, None, sampler, steps, seed, **options)
     assert_close(pixels_of("x.npz", 2), expected.permute(0, 2, 3, 1))
     assert np.load("x.npz").files == ["arr_0"]  # the network knows no classes
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim", "ancestral"])
+def test_dpm_begins_from_the_small_images_and_the_papers_sampler_from_noise(sampler, here):
+    model = checkpoint("c.pt", T=300, low_res=4, noise=0.3)
+    pixels = make_npz("small.npz", n=4, size=4)
+    flags = "--low-res small.npz --ckpt c.pt --batch 3 --steps 5 --out x.npz --sampler".split()
+    sample(*flags, sampler)
+    small = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    process = dict(schedule="cosine", T=300)
+    expected = drawn(model, process, 4, None, sampler, 5, small=small)
+    assert_close(pixels_of("x.npz", 4), expected.permute(0, 2, 3, 1))
 
 def test_small_images_are_enlarged_in_their_classes(here, monkeypatch, capsys):
     checkpoint("c.pt", low_res=4, classes=PETS)

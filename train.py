@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from diffusion import (
     SCHEDULES, Diffusion, estimate_bits_per_dim, few_steps, generator, randn_like, select_timesteps,
+    start_upsampling,
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, LOCAL_RANK, RANK, WORLD, UNet, UNetConfig, autocast, load_checkpoint, load_npz,
@@ -126,7 +127,7 @@ def train(args, network, process, ckpt, device, dtype):
 
     # The process, and what trains the network. All that has a state goes into the checkpoint.
     diffusion = Diffusion(**process).to(device)
-    timesteps = few_steps(args.T, args.image_size, schedule=args.schedule)
+    timesteps = few_steps(args.T, args.image_size, 25, args.schedule, bool(args.low_res))
     few = Diffusion(**process, steps=timesteps).to(device)  # for grids
     t_sampler = T_SAMPLERS[args.t_sampler](args.T).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -321,12 +322,13 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
         if y is not None and not args.low_res:
             y = part.to(device) % average.config.num_classes
         generators = [generator(args.seed, i, device) for i in part.tolist()]
-        net = give_low_res(average, x0, args.low_res)
-        with autocast(device, dtype):
-            noise = randn_like(x0, generators)
-            x = diffusion.sample(net, noise, y, "dpm++", generators=generators)
+        net, noise = give_low_res(average, x0, args.low_res), randn_like(x0, generators)
         if args.low_res:
             small = F.interpolate(x0, args.low_res, mode="area")
+            noise = start_upsampling(diffusion, small, noise)
+        with autocast(device, dtype):
+            x = diffusion.sample(net, noise, y, "dpm++", generators=generators)
+        if args.low_res:
             x = torch.stack([F.interpolate(small, args.image_size), x, x0], dim=1).flatten(0, 1)
         tiles.append(to_pixels(x, part.repeat_interleave(len(x) // len(part)).tolist()))
     os.makedirs(f"{args.out}/samples", exist_ok=True)
