@@ -29,7 +29,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from argparse import Namespace
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # one thread: tiny networks
@@ -46,7 +45,6 @@ from torch.distributions import Normal, kl_divergence
 torch.backends.mps.is_available = functools.cache(lambda: False)
 
 import model as model_file
-import sampler as sampler_file
 import train
 from diffusion import (
     SAMPLERS, SCHEDULES, Diffusion, ancestral, bits, cosine_betas, ddim, decoder_log_likelihood,
@@ -795,17 +793,7 @@ def test_generators_of_all_uses_differ():
 
 # ==== sampler.py: which timesteps to train on ===================================================
 
-def test_uniform_sampler_draws_each_t_equally():
-    sampler = UniformSampler(5)
-    t, weights = sampler.sample(50_000, generator(0, 0))
-    assert (weights == 1).all() and (abs(torch.bincount(t) - 10_000) <= 1).all()
-    assert t.dtype == torch.int64 and weights.dtype == torch.float32
-    assert torch.equal(t, sampler.sample(50_000, generator(0, 0))[0])  # all randomness is its
-    sampler.update(t, weights)
-    assert sampler.state_dict() == {} and sampler.sample(3)[0].shape == (3,)  # old runs load
-    assert sampler_file.T_SAMPLERS == dict(uniform=UniformSampler, importance=ImportanceSampler)
-
-@pytest.mark.parametrize("n, T", [(1, 7), (4, 7), (6, 50), (64, 4000)])
+@pytest.mark.parametrize("n, T", [(1, 7), (20, 7), (6, 50), (64, 4000)])
 def test_a_batch_of_t_is_stratified_and_each_t_alone_has_its_distribution(n, T):
     uniform, importance, losses = UniformSampler(T), ImportanceSampler(T), 50 / np.arange(1, T + 1)
     for _ in range(10):
@@ -814,8 +802,11 @@ def test_a_batch_of_t_is_stratified_and_each_t_alone_has_its_distribution(n, T):
     for sampler, p in ((uniform, np.full(T, 1 / T)), (importance, eq_18)):
         g, batches = generator(n, T), 8000 // n
         drawn = [sampler.sample(n, g) for _ in range(batches)]
+        again = sampler.sample(n, generator(n, T))  # all randomness is the generator's
+        assert torch.equal(again[0], drawn[0][0]) and again[0].dtype == torch.int64
+        assert torch.equal(again[1], drawn[0][1]) and again[1].dtype == torch.float32
         t, weights = (torch.stack(each).numpy() for each in zip(*drawn))
-        assert_allclose(weights, 1 / (T * p[t]), rtol=1e-5)
+        assert_allclose(weights, 1 / (T * p[t]), rtol=1e-5)  # so that weighted means are unbiased
         # In each n-th part of the mass lies one t, of all that the part touches.
         ends, parts = p.cumsum(), np.arange(n + 1) / n
         first, last = ends.searchsorted(parts[:-1] + 1e-5), ends.searchsorted(parts[1:] - 1e-5)
@@ -825,45 +816,22 @@ def test_a_batch_of_t_is_stratified_and_each_t_alone_has_its_distribution(n, T):
             for below in range(0, T - 1, -(-T // 8)):
                 error = (ends[below] * (1 - ends[below]) / batches) ** 0.5
                 assert abs((t[:, place] <= below).mean() - ends[below]) < 5 * error
-
-def second_rank(monkeypatch, values):
-    """Be one of two ranks, the other of which has these values."""
-    sent = []
-
-    def all_gather(rows, mine):
-        assert len(rows) == 2 and all(row.shape == mine.shape for row in rows)
-        theirs = mine.new_zeros(mine.shape) if sent else torch.tensor([len(values)])
-        if sent:
-            assert len(mine) == max(len(values), sent[0].item())
-            theirs[: len(values)] = values
-        sent.append(mine)
-        rows[0].copy_(mine)
-        rows[1].copy_(theirs)
-
-    group = types.SimpleNamespace(
-        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2,
-        get_backend_config=lambda: "cpu:gloo", all_gather=all_gather,
-    )  # fmt: skip
-    monkeypatch.setattr(sampler_file, "dist", group)
+    uniform.update(torch.arange(T), torch.from_numpy(losses))  # from which it learns nothing
+    assert uniform.state_dict() == {} and (uniform.sample(9)[1] == 1).all()
+    assert T_SAMPLERS == dict(uniform=UniformSampler, importance=ImportanceSampler)
 
 @pytest.mark.parametrize("T, length, uniform", [(4, 10, 0.001), (3, 2, 0.2)])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_importance_sampler_keeps_the_last_losses_of_each_t(T, length, uniform, ranks, monkeypatch):
+def test_importance_sampler_is_uniform_until_every_t_has_its_last_losses(T, length, uniform):
     how = {} if length == 10 else dict(history=length, uniform=uniform)
     rng, sampler = np.random.default_rng(0), ImportanceSampler(T, **how)
     history = [collections.deque(maxlen=length) for _ in range(T)]
-    for size in (1, 3, 70, 5, 0, 40, 9, 1, 1, 80, 2):  # with 70, a t occurs more than ten times
-        sizes = (size, abs(size - 4))[:ranks]  # ranks may have different numbers
-        t = [rng.integers(T, size=size) for size in sizes]
-        losses = [rng.uniform(0, 5, size) for size in sizes]
-        for each in losses:
-            for bad in (np.nan, np.inf, -np.inf, 2e20):  # the last's square is infinite
-                each[rng.uniform(size=len(each)) < 0.1] = bad
-        if ranks == 2:
-            second_rank(monkeypatch, torch.tensor(np.stack([t[1], losses[1]], 1)).float())
-        sampler.update(torch.from_numpy(t[0]), torch.from_numpy(losses[0]).requires_grad_())
+    for size in (*[1] * 80, 70, 5, 0, 40, 9, 80, 2):  # with 70, a t occurs more than ten times
+        t, losses = rng.integers(T, size=size), rng.uniform(0, 5, size)
+        for bad in (np.nan, np.inf, -np.inf, 2e20):  # the last's square is infinite
+            losses[rng.uniform(size=size) < 0.1] = bad
+        sampler.update(torch.from_numpy(t), torch.from_numpy(losses).requires_grad_())
         assert not sampler.losses.requires_grad
-        for i, loss in zip(np.concatenate(t), np.concatenate(losses)):
+        for i, loss in zip(t, losses):
             history[i] += [loss] if abs(loss) < 1e20 else []
         p = np.full(T, 1 / T)
         if min(map(len, history)) == length:  # eq. 18, and a uniform share
@@ -879,28 +847,8 @@ def test_importance_sampler_keeps_the_last_losses_of_each_t(T, length, uniform, 
     assert min(map(len, history)) == length
     shapes = {name: (value.shape, value.dtype) for name, value in sampler.state_dict().items()}
     assert shapes == dict(losses=((T, length), torch.float32), counts=((T,), torch.int64))
-    monkeypatch.undo()
-    assert sampler_file.gather(torch.tensor([3])).tolist() == [3]  # without other ranks
-
-def test_importance_sampler_is_uniform_until_every_t_has_ten_losses():
-    sampler, none, uniform = ImportanceSampler(3), ImportanceSampler(3), pytest.approx([1 / 3] * 3)
-    sampler.update(torch.tensor([0] * 40 + [1] * 40 + [2] * 9), torch.arange(89.0))
-    for loss, is_uniform in ((math.nan, True), (1.0, False)):
-        assert sampler.probabilities().tolist() == uniform
-        sampler.update(torch.tensor([2]), torch.tensor([loss]))
-        assert (sampler.probabilities().tolist() == uniform) == is_uniform
-    none.update(torch.arange(3).repeat(10), torch.zeros(30))  # no t is better than another
-    assert none.probabilities().tolist() == uniform
-
-def test_importance_weights_are_unbiased():
-    sampler = ImportanceSampler(8)
-    level = torch.tensor([50.0, 20, 9, 5, 3, 2, 1, 1])
-    sampler.update(torch.arange(8).repeat(10), level.repeat(10))
-    p, f = sampler.probabilities(), torch.arange(8.0) ** 2
-    t, weights = sampler.sample(100_000, generator(1, 1))
-    assert (weights * f[t]).mean().item() == pytest.approx(f.mean().item(), rel=1e-3)
-    assert (abs(torch.bincount(t, minlength=8) - 100_000 * p) <= 2).all()
-    assert p[0] > 0.5 and torch.equal(t, sampler.sample(100_000, generator(1, 1))[0])
+    sampler.losses.zero_()  # no t is better than another
+    assert_allclose(sampler.probabilities(), np.full(T, 1 / T), rtol=1e-6)
 
 # ==== model.py: the network =====================================================================
 
@@ -2590,6 +2538,16 @@ def note_masks(patch, found):
         return out
     patch.setattr(torch.nn.Dropout, "forward", record)
 
+def kept_losses(part):
+    """What an ImportanceSampler keeps of batches, of which it is given part(batch, sizes)."""
+    sampler, g = ImportanceSampler(4), generator(0, 0)
+    for sizes in ([1, 3], [0, 4], [70, 66], [5, 1], [40, 0], [1, 2]):  # of two ranks
+        n = sum(sizes)
+        t, losses = torch.randint(4, (n,), generator=g), torch.rand(n, generator=g)
+        losses[::5] = math.nan
+        sampler.update(part(t, sizes), part(losses, sizes))
+    return {name: value.tolist() for name, value in sampler.state_dict().items()}
+
 def do_two_ranks():
     """What each of two ranks does in a process of its own; it writes what it saw to a file."""
     rank, notes, device = int(os.environ["RANK"]), {}, functools.cache(model_file.pick_device)
@@ -2620,6 +2578,7 @@ def do_two_ranks():
     for out in ("ranks.npz", "images"):
         run(out, "sample.py", *f"--ckpt c.pt --n 7 --steps 4 --batch 2 --out {out}".split())
     run("elsewhere", "train.py", *flags, "elsewhere" if rank else "whole", "--steps", 12)
+    notes["losses"] = kept_losses(lambda each, sizes: each.split(sizes)[rank])
     with open(f"notes{rank}.json", "w") as file:
         json.dump(notes, file)
     leave()
@@ -2638,6 +2597,7 @@ def test_two_ranks_with_parts_train_as_the_plain_loop_does_and_one_draws(ranks):
     assert [notes.get("make_picture") for notes in ranks] == [1, None]
     assert script("train.py", "--out", "plain", "--steps", 12, "--sample-every", 0) == 0
     assert_is_plain_training("plain")  # resumed by one rank
+    assert [notes["losses"] for notes in ranks] == [kept_losses(lambda each, _: each)] * 2
     masks = [mask for notes in ranks for mask in notes["masks"]]
     assert len(set(masks)) == len(masks) >= 2 * 9 * 2  # each step and rank has its own
 
