@@ -5,7 +5,7 @@ learned variance, v in C more channels: -1 is β̃, 1 is β. Equation numbers ar
 
 Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
 Docstrings write p(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
-(eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T is the prior (eq. 7), all in bits per dimension."""
+(eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T the prior (eq. 7), all in bits per dimension."""
 
 import math
 from functools import partial
