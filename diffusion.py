@@ -287,11 +287,11 @@ SAMPLERS |= {"ddim": ddim, "dpm++": partial(ddim, eta=1.0, order=2)}
 
 def few_steps(T, image_size, steps=25, schedule="cosine", upsampler=False):
     """The timesteps at which "dpm++" draws images of image_size pixels a side best -> a list.
-    Sampling begins where alphas_bar is 0.25/(H·W). If it is smaller, x0_hat is mostly error. If it
+    Sampling begins where alphas_bar is 0.2/(H·W). If it is smaller, x0_hat is mostly error. If it
     is larger, the mean pixel of x_t shows the colour of x0, which noise (0 ± 1/sqrt(H·W)) lacks:
     colours would be too much alike. An upsampler begins at 0.2, from start_upsampling."""
     alphas_bar = Diffusion(schedule, T).alphas_bar
-    start = 0.2 if upsampler else 0.25 / image_size**2
+    start = 0.2 if upsampler else 0.2 / image_size**2
     last = max(0, int((alphas_bar >= start).sum()) - 1)
     return select_timesteps(min(steps, last + 1), last, spacing=1.4)
 

@@ -40,7 +40,8 @@ parser = argparse.ArgumentParser(
 add = parser.add_argument
 add("--ckpt", metavar="FILE|DIR", help="(default: the newest run in runs/, else assets/digits.pt)")
 add("--n", type=positive, help="images (default: 64; with --low-res, one for each small image)")
-add("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++)")
+add("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++; the learned variance is "
+    "for ancestral alone, and for bits/dim)")  # fmt: skip
 add("--steps", type=positive, help="calls of the network, at most (default: 25; ancestral: 250)")
 add("--eta", type=number(float, 0, 1), help="share of noise, for ddim (default: 0)")
 add("--variance", choices=["learned", "small", "large"], help="for ancestral (default: as trained)")
@@ -142,8 +143,8 @@ def choose_sampler(args, config, process):
         parser.error(f"--steps {steps}: {args.ckpt} has {T} timesteps")
     timesteps = min(steps, T)
     if args.sampler == "dpm++":
-        upsampler = config.low_res is not None
-        timesteps = few_steps(T, config.image_size, steps, process["schedule"], upsampler)
+        size, schedule = config.image_size, process["schedule"]
+        timesteps = few_steps(T, size, steps, schedule, bool(config.low_res))
     process = process | ({"variance": args.variance} if args.variance else {})
     options = {"eta": args.eta} if args.eta else {}
     return Diffusion(**process, steps=timesteps), partial(SAMPLERS[args.sampler], **options)

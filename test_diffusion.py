@@ -691,13 +691,13 @@ def test_many_steps_without_noise_do_not_add_up_the_errors_of_16_bits(dtype):
 
 @pytest.mark.parametrize("T, size, schedule", [(4000, 32, "cosine"), (400, 8, "linear")])
 def test_few_steps_begin_where_the_mean_pixel_is_lost_in_noise(T, size, schedule):
-    # The last timestep whose alphas_bar is at least 0.25/(H·W). With the cosine schedule,
+    # The last timestep whose alphas_bar is at least 0.2/(H·W). With the cosine schedule,
     # alphas_bar of index t is cos²(((t+1)/T + s)/(1+s)·π/2) / cos²(s/(1+s)·π/2).
     a = np.cumprod([1 - 1000 / T * (1e-4 + 0.0199 * t / (T - 1)) for t in range(T)])
     if schedule == "cosine":
         f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         a = f[1:] / f[0]
-    for upsampler, start in ((False, 0.25 / size**2), (True, 0.2)):
+    for upsampler, start in ((False, 0.2 / size**2), (True, 0.2)):
         last = max(t for t in range(T) if a[t] >= start)
         for n in (10, 25):
             steps = [max(i, round((i / (n - 1)) ** 1.4 * last)) for i in range(n)]
