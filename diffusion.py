@@ -133,11 +133,13 @@ class Diffusion:
         """Call the model (only this method does) -> ε and v (or None), each (N, C, H, W)."""
         time = self._at(self.times, t, x_t).flatten().float()
         out = model(x_t, time, y).to(torch.promote_types(x_t.dtype, torch.float32))
-        (N, C, *size), n = x_t.shape, out.shape[1]
-        if out.shape != (N, n, *size) or n not in (2 * C, C)[: 1 + (self.variance != "learned")]:
-            raise ValueError(f"the model returned {tuple(out.shape)} for x_t {tuple(x_t.shape)}: "
-                             "ε takes C channels, and a learned v takes C more")
-        return out[:, :C], (out[:, C:] if n > C else None)
+        N, C, *size = x_t.shape
+        shapes = [(N, 2 * C, *size)]  # ε and v
+        if self.variance != "learned":
+            shapes.append((N, C, *size))  # ε alone
+        if out.shape not in shapes:
+            raise ValueError(f"the model returned {tuple(out.shape)}, not {shapes}")
+        return out[:, :C], (out[:, C:] if out.shape == shapes[0] else None)
 
     def reverse(self, eps, v, x_t, t, clip=True):
         """p(x_{t-1} | x_t) -> mean, log_variance, x0_hat, each (N, C, H, W) (eq. 3). x0_hat is the
@@ -289,11 +291,11 @@ def few_steps(T, image_size, steps=25, schedule="cosine", upsampler=False):
     """The timesteps at which "dpm++" draws images of image_size pixels a side best -> a list.
     Sampling begins where alphas_bar is 0.2/(H·W). If it is smaller, x0_hat is mostly error. If it
     is larger, the mean pixel of x_t shows the colour of x0, which noise (0 ± 1/sqrt(H·W)) lacks:
-    colours would be too much alike. An upsampler begins at 0.2, from start_upsampling."""
+    colours would be too much alike. An upsampler begins at 0.3, from start_upsampling."""
     alphas_bar = Diffusion(schedule, T).alphas_bar
-    start = 0.2 if upsampler else 0.2 / image_size**2
+    start = 0.3 if upsampler else 0.2 / image_size**2
     last = max(0, int((alphas_bar >= start).sum()) - 1)
-    return select_timesteps(min(steps, last + 1), last, spacing=1.4)
+    return select_timesteps(min(steps, last + 1), last, spacing=1.3)
 
 def start_upsampling(diffusion, low_res, noise):
     """x_T (N, C, H, W) for few_steps of an upsampler: the small images (N, C, h, w), enlarged, and

@@ -265,7 +265,7 @@ def update_weights(params, optimizer, scaler, grad_clip, fp16):
     """One step of AdamW -> the norm of the gradient. If a gradient is not finite, the scaler (also
     one of scale 1) makes the optimizer skip the step, on the device: the host need not wait."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)  # inf / inf would be NaN
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or 1e30)  # not inf: inf / inf is NaN
     scaler.step(optimizer)
     scaler.update(None if fp16 else 1.0)  # float16 alone needs a scale that adapts
     optimizer.zero_grad()
@@ -442,9 +442,9 @@ def list_pictures(root):
             others += left_out
             continue
         seen.add(place)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        others += sum(name in SERVERS_FOLDERS for name in folders)
-        folders[:] = [name for name in folders if name not in SERVERS_FOLDERS]
+        names = sorted(name for name in folders if name[0] != ".")
+        folders[:] = [name for name in names if name not in SERVERS_FOLDERS]
+        others += len(names) - len(folders)
         for path in (os.path.join(folder, name) for name in files if name[0] != "."):
             if os.path.splitext(path)[1].lower() in suffixes and os.path.isfile(path):
                 info = os.stat(path)
