@@ -895,6 +895,8 @@ def test_an_image_hears_its_own_time_and_class_and_no_class_adds_nothing():
     assert (model.label_emb.weight.grad.abs().sum(1) > 0).tolist() == [True, False, True, False]
     model.label_emb.weight.data.zero_()  # a class whose row is zero adds as little
     assert torch.allclose(none, model(x, t, torch.tensor([0, 1, 2, 3])), atol=1e-6)
+    for dtype in DTYPES:  # images of any precision, in that of the weights
+        assert torch.allclose(model(x.to(dtype), t, y), none, atol=0.1)
     assert torch.allclose(none.double(), model.double()(x.double(), t, y), atol=1e-5)
 
 def test_impossible_networks_and_inputs_are_refused():
