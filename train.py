@@ -309,8 +309,7 @@ def write_row(args, step, sums, bound, lr, seconds):
     tqdm.write(f"step {step}: loss {loss:.4f}, {bits:.3f} bits/dim{skips}, {left} left")
     sys.stdout.flush()  # into a file, too
     if not taken:
-        message = f"{skipped:.0f} updates in a row were skipped, as their gradients are not finite"
-        raise FloatingPointError(f"{message}: try a lower --lr, with another --out")
+        raise FloatingPointError(f"{skipped:.0f} updates skipped: lower --lr, with another --out")
 
 def draw_samples(args, step, average, diffusion, images, labels, dtype):
     """Write a grid of samples. For an upsampler, each stands between its small image and the true
@@ -324,7 +323,7 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
         generators = [generator(args.seed, i, device) for i in part.tolist()]
         net, noise = give_low_res(average, x0, args.low_res), randn_like(x0, generators)
         if args.low_res:
-            small = F.interpolate(x0, args.low_res, mode="area")
+            small = net.keywords["low_res"]  # which the network is given
             noise = start_upsampling(diffusion, small, noise)
         with autocast(device, dtype):
             x = diffusion.sample(net, noise, y, "dpm++", generators=generators)
