@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 LAMBDA = 0.001  # the weight of L_vlb in L_hybrid (eq. 16)
+VARIANCES = ["learned", "small", "large"]
 
 # ---- Noise schedules ---------------------------------------------------------------------------
 
@@ -51,8 +52,8 @@ class Diffusion:
     16-bit images are computed with in float32. Raises ValueError for arguments out of range."""
 
     def __init__(self, schedule="cosine", T=4000, variance="learned", steps=None, time_scale=None):
-        if variance not in ("learned", "small", "large"):
-            raise ValueError(f"variance must be learned, small or large, not {variance!r}")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance must be one of {VARIANCES}, not {variance!r}")
         if isinstance(schedule, str):
             if schedule not in SCHEDULES or T < 1:
                 raise ValueError(f"no schedule {schedule!r} in {list(SCHEDULES)} with T = {T}")

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion import (
-    SAMPLERS, Diffusion, few_steps, generator, guided, randn_like, start_upsampling,
+    SAMPLERS, VARIANCES, Diffusion, few_steps, generator, guided, randn_like, start_upsampling,
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, RANK, WORLD, autocast, load_checkpoint, load_npz, make_picture, number,
@@ -44,7 +44,7 @@ add("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++; the l
     "for ancestral alone, and for bits/dim)")  # fmt: skip
 add("--steps", type=positive, help="calls of the network, at most (default: 25; ancestral: 250)")
 add("--eta", type=number(float, 0, 1), help="share of noise, for ddim (default: 0)")
-add("--variance", choices=["learned", "small", "large"], help="for ancestral (default: as trained)")
+add("--variance", choices=VARIANCES, help="for ancestral (default: as trained)")
 add("--class", dest="label", metavar="NAME|K", help="the class (default: all classes in turn)")
 add("--guidance", type=number(float, 0), default=1, help="scale of guidance (default: 1, for none)")
 add("--low-res", metavar="X.npz", help="the small images that an upsampler enlarges")

@@ -35,8 +35,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from diffusion import (
-    SCHEDULES, Diffusion, estimate_bits_per_dim, few_steps, generator, randn_like, select_timesteps,
-    start_upsampling,
+    SCHEDULES, VARIANCES, Diffusion, estimate_bits_per_dim, few_steps, generator, randn_like,
+    select_timesteps, start_upsampling,
 )  # fmt: skip
 from model import (
     DEVICES, DTYPES, LOCAL_RANK, RANK, WORLD, UNet, UNetConfig, autocast, load_checkpoint, load_npz,
@@ -70,20 +70,20 @@ parser = argparse.ArgumentParser(
 add = parser.add_argument_group("images").add_argument
 add("--image-size", type=number(int, 8), default=32, help="pixels a side")
 add("--class-cond", action=switch, default=False, help="learn the classes: subfolders or labels")
-add("--low-res", type=positive, help="pixels a side that an upsampler begins with")
+add("--low-res", type=positive, help="train an upsampler of images this many pixels a side")
 add("--flip", action=switch, default=False, help="mirror half of the images")
-add("--batch", type=positive, default=128, help="images in an update, on all ranks together")
+add("--batch", type=positive, default=128, help="images in an update, those of all ranks together")
 add("--seed", type=natural, default=0, help="the seed of all randomness")
 add = parser.add_argument_group("process").add_argument
 add("--schedule", choices=SCHEDULES, default="cosine", help="the noise schedule")
 add("--T", type=number(int, 2), default=4000, help="the number of timesteps")
-add("--variance", choices=["learned", "small", "large"], default="learned", help="of a step of p")
+add("--variance", choices=VARIANCES, default="learned", help="the variance of a step of p")
 add = parser.add_argument_group("network").add_argument
 add("--channels", type=positive, default=128, help="width at the full resolution")
 add("--channel-mult", type=numbers, help="multiples of --channels, as 1,2,2; None: by image size")
 add("--num-res-blocks", type=positive, default=3, help="blocks at each resolution")
-add("--attention", type=numbers, dest="attention_resolutions", help="resolutions that attend, "
-    "as 16,8, or none; the middle always attends; None: those from 8 to 16")  # fmt: skip
+add("--attention", type=numbers, dest="attention_resolutions", help="resolutions with "
+    "attention, as 16,8, or none; the middle always has it; None: those from 8 to 16")  # fmt: skip
 add("--num-heads", type=positive, default=4, help="heads of attention")
 add("--dropout", type=share, default=0.3, help="probability of dropout")
 add = parser.add_argument_group("training").add_argument
@@ -93,8 +93,8 @@ add("--lr", type=share, default=1e-4, help="AdamW's learning rate")
 add("--warmup", type=natural, default=0, help="updates in which the rate rises to --lr")
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
 add("--grad-clip", type=number(float, 0), default=0, help="largest norm of a gradient; 0: no limit")
-add("--label-dropout", type=share, default=0.0, help="share of images shown without their class")
-add("--init", metavar="FILE", help="averaged weights that a new run begins with; None: random ones")
+add("--label-dropout", type=share, default=0.0, help="share of images whose class is hidden")
+add("--init", metavar="FILE", help="begin a new run with the averaged weights of this checkpoint")
 add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
 add("--out", metavar="DIR", help="the run's directory; None: runs/ and the data's name")
 add("--device", choices=DEVICES, default="auto", help="where to compute")
@@ -111,7 +111,7 @@ add("--ckpt", metavar="FILE", help="the checkpoint to measure; None: the one in 
 add("--eval-images", type=positive, default=10_000, help="the most images to measure")
 add("--eval-steps", type=positive, help="steps of the process to measure; None: all")
 add("--eval-calls", type=number(int, 4), default=10, help="calls of the network for each image")
-add("--spacing", type=number(float, 1), default=1.0, help="1: even --eval-steps; 3: dense at t = 0")
+add("--spacing", type=number(float, 1), default=1.0, help="1: even steps; 3: denser near t = 0")
 
 # ---- Training ----------------------------------------------------------------------------------
 
