@@ -1434,18 +1434,19 @@ def test_a_resumed_run_keeps_what_it_is_and_may_change_how_it_runs(whole, with_a
 
 BAD = """
     train.py --image-size 0; train.py --label-dropout 1.1; train.py --ema nan; train.py --lr -1
-    train.py --channel-mult 1,,2; train.py --objective mse; train.py --device gpu; train.py --step 3
-    train.py --accum 0; train.py --data nowhere; train.py --data no.npz; train.py --data file
-    train.py --data cifar10 → --image-size 8; train.py --eval-steps 3; train.py --low-res 3 → low
-    train.py --init nowhere → nowhere; train.py --init file → file; train.py --num-heads 3 → heads
-    train.py --eval-only --ckpt nowhere → nowhere; train.py --accum 9 --batch 8 → --batch 8
-    train.py --objective hybrid --variance small; train.py --attention 5 → 5
-    train.py --data float.npz; train.py --data wide.npz → wide; train.py --data labels.npz
-    train.py --data names.npz; train.py --T 1; train.py --channels 5 --channel-mult 4 → channels
-    sample.py --ckpt no → no; sample.py --ckpt file → file; sample.py --n 0; sample.py --steps 21
-    sample.py --class X → X; sample.py --guidance 2; sample.py --eta 0.5; sample.py --out x.jpg
+    train.py --channel-mult 1,,2; train.py --step 3; train.py --data nowhere
+    train.py --data no.npz; train.py --data file; train.py --data cifar10 → --image-size 8
+    train.py --eval-steps 3; train.py --low-res 3 → low; train.py --init nowhere → nowhere
+    train.py --num-heads 3 → heads; train.py --eval-only --ckpt nowhere → nowhere
+    train.py --accum 9 --batch 8 → --batch 8; train.py --objective hybrid --variance small
+    train.py --attention 5 → 5; train.py --data float.npz; train.py --data wide.npz → wide
+    train.py --data labels.npz; train.py --data names.npz; train.py --T 1
+    train.py --channels 5 --channel-mult 4 → channels; sample.py --ckpt no → no
+    sample.py --ckpt file → file; sample.py --n 0; sample.py --steps 21; sample.py --class X → X
+    sample.py --guidance 2; sample.py --eta 0.5; sample.py --out x.jpg
     sample.py --out s3://b/x.npz; train.py --out s3://b/run; train.py --data halves.npz → names
-    sample.py --low-res x.npz; sample.py --variance small; sample.py --n 2.5
+    sample.py --low-res x.npz; sample.py --variance small; train.py --objective mse
+    train.py --accum 0; train.py --init file → file
 """.replace("\n", ";").split(";")
 
 @pytest.mark.parametrize("line", [line.strip() for line in BAD if line.strip()])
