@@ -1359,8 +1359,8 @@ PAPER = dict(
     schedule="cosine", T=4000, variance="learned", channels=128, channel_mult=(1, 2, 2, 2),
     num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4, dropout=0.3, objective="hybrid",
     t_sampler="uniform", lr=1e-4, warmup=0, ema=0.9999, grad_clip=0, label_dropout=0.0, init=None,
-    out="runs/cifar10", device="auto", dtype="auto", compile=False, steps=500_000, accum=1,
-    log_every=100, sample_every=10_000, save_every=1_000, eval_only=False, ckpt=None,
+    out="runs/cifar10", device="auto", dtype="auto", compile=False, steps=500_000, decay=0.0,
+    accum=1, log_every=100, sample_every=10_000, save_every=1_000, eval_only=False, ckpt=None,
     eval_images=10_000, eval_steps=None, eval_calls=10, spacing=1.0,
 )  # fmt: skip
 DIGITS = PAPER | dict(
@@ -1404,8 +1404,8 @@ OTHER = dict(  # than in FULL; what a resumed run may not change, and what it ma
     flip=None, objective="simple", variance="small", t_sampler="uniform", dropout=0.5, batch=5,
     lr=0.5, warmup=9, ema=0.1, grad_clip=2, seed=6, init="c.pt",
 )  # fmt: skip
-FREE = dict(data="y.npz", device="auto", dtype="bf16", steps=7, accum=4, log_every=1,
-            sample_every=5, save_every=9)  # fmt: skip
+FREE = dict(data="y.npz", device="auto", dtype="bf16", steps=7, decay=0.5, accum=4,
+            log_every=1, sample_every=5, save_every=9)  # fmt: skip
 
 def test_a_resumed_run_keeps_what_it_is_and_may_change_how_it_runs(whole, with_arrays, capsys):
     os.rename("x.npz", "y.npz")
@@ -1569,6 +1569,8 @@ def plain_training(config, unet):
         gradients = torch.cat([w.grad.flatten() for w in model.parameters()])
         clip = min(1, config.grad_clip / gradients.norm()) if config.grad_clip else 1
         lr = config.lr * min(1, k / config.warmup) if config.warmup else config.lr
+        if config.decay:
+            lr *= min(1, (config.steps - k + 1) / (config.decay * config.steps))
         optimizer.param_groups[0]["lr"] = lr
         for w in model.parameters():
             w.grad *= clip
@@ -1607,7 +1609,8 @@ def assert_is_plain_training(run):
 @pytest.mark.parametrize("flags", [
     "--objective simple --variance small --label-dropout 0.3 --steps 7 --ema 0.3 --flip",
     "--objective vlb --low-res 2 --no-flip --schedule linear --init init.pt --ema 0.1",
-    "--objective hybrid --accum 2 --warmup 4 --t-sampler importance --init init.pt --ema 0.3",
+    "--objective hybrid --accum 2 --warmup 4 --t-sampler importance --init init.pt --ema 0.3"
+    " --decay 0.6",
     "--objective vlb --accum 3 --warmup 100 --t-sampler importance --init init.pt --ema 0.9",
 ])  # fmt: skip
 def test_training_is_the_plain_loop_of_the_paper(flags, with_arrays):

@@ -101,6 +101,7 @@ add("--device", choices=DEVICES, default="auto", help="where to compute")
 add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products")
 add("--compile", action=switch, default=False, help="compile the network with torch.compile")
 add("--steps", type=positive, default=500_000, help="updates in all")
+add("--decay", type=share, default=0.0, help="last share of updates, where the rate falls to 0")
 add("--accum", type=positive, default=1, help="parts of a batch, computed in turn to save memory")
 add("--log-every", type=positive, default=100, help="updates between rows of log.csv")
 add("--sample-every", type=natural, default=10_000, help="updates between grids; 0: no grids")
@@ -152,7 +153,9 @@ def train(args, network, process, ckpt, device, dtype):
     for step in tqdm(range(start, args.steps), "updates", disable=RANK > 0 or None):
         # Learning rate and batch. All that is random follows from the seed and the step: dropout
         # and the terms of the log's bound are drawn from torch's global generator.
-        lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+        rise = (step + 1) / max(args.warmup, 1)
+        fall = (args.steps - step) / max(args.decay * args.steps, 1)
+        lr = args.lr * min(1, rise, fall)
         optimizer.param_groups[0]["lr"] = lr
         x0, y, t, weights, noise = load_batch(args, images, labels, t_sampler, step, device)
         own = generator(args.seed, step * WORLD + RANK, stream="dropout")
@@ -557,7 +560,7 @@ PROCESS = {"schedule", "T", "variance"}
 SHAPE = {"image_size", "low_res", "class_cond", "channels", "channel_mult", "num_res_blocks",
          "attention_resolutions", "num_heads"}  # fmt: skip
 EVAL = {"ckpt", "eval_images", "eval_steps", "eval_calls", "spacing"}
-MAY_CHANGE = EVAL | {"data", "out", "device", "dtype", "compile", "steps", "accum",
+MAY_CHANGE = EVAL | {"data", "out", "device", "dtype", "compile", "steps", "decay", "accum",
                      "log_every", "sample_every", "save_every", "eval_only"}  # fmt: skip
 
 def parse_args(argv):
