@@ -180,8 +180,8 @@ def train(args, network, process, ckpt, device, dtype):
         # The weights, their average, and which t to draw next. Unlike the paper's, the average's
         # decay rises to --ema (to 0.9999 by update 90,000), to forget the initial weights.
         norm = update_weights(params, optimizer, scaler, args.grad_clip, fp16)
-        decay = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
-        decay(list(average.parameters()), params, None)
+        blend = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
+        blend(list(average.parameters()), params, None)
         for mean, buffer in zip(average.buffers(), model.buffers()):
             mean.copy_(buffer)
         t_sampler.update(t, losses)
