@@ -292,11 +292,15 @@ def few_steps(T, image_size, steps=25, schedule="cosine", upsampler=False):
     """The timesteps at which "dpm++" draws images of image_size pixels a side best -> a list.
     Sampling begins where alphas_bar is 0.2/(H·W). If it is smaller, x0_hat is mostly error. If it
     is larger, the mean pixel of x_t shows the colour of x0, which noise (0 ± 1/sqrt(H·W)) lacks:
-    colours would be too much alike. An upsampler begins at 0.3, from start_upsampling."""
+    colours would be too much alike. An upsampler begins at 0.3, from start_upsampling. The last
+    call is where 1 - alphas_bar is 0.001. If it were at t = 0, the step to it would be so long, in
+    log-SNR, that order 2 overshoots, which shows as grain and saturated pixels."""
     alphas_bar = Diffusion(schedule, T).alphas_bar
     start = 0.3 if upsampler else 0.2 / image_size**2
     last = max(0, int((alphas_bar >= start).sum()) - 1)
-    return select_timesteps(min(steps, last + 1), last, spacing=1.3)
+    first = min(last, int((alphas_bar > 0.999).sum()))
+    steps = min(steps, last - first + 1)
+    return [first + t for t in select_timesteps(steps, last - first, spacing=1.2)]
 
 def start_upsampling(diffusion, low_res, noise):
     """x_T (N, C, H, W) for few_steps of an upsampler: the small images (N, C, h, w), enlarged, and

@@ -566,8 +566,8 @@ def test_samplers_take_the_papers_steps(sampler, options, eta, order, variance, 
      ("cosine", 300, "ddim", dict(order=2), 0.02), ("linear", 300, "dpm++", {}, 0.02)],
 )  # fmt: skip
 def test_samples_are_the_data(schedule, steps, sampler, options, tolerance, monkeypatch):
-    if steps < 400:  # begin where λ is no longer huge, as the scripts do
-        steps = few_steps(400, 64, steps, schedule)
+    if steps < 400:  # begin where λ is no longer huge
+        steps = select_timesteps(steps, 396, spacing=1.3)
     diffusion = Diffusion(schedule, 400, "small", steps)
     mean, covariance, model = gaussian_data(diffusion)[:3]
     # A sample is linear in the numbers of its noise, x_T's and then each step's. The first sample
@@ -691,20 +691,22 @@ def test_many_steps_without_noise_do_not_add_up_the_errors_of_16_bits(dtype):
 
 @pytest.mark.parametrize("T, size, schedule", [(4000, 32, "cosine"), (400, 8, "linear")])
 def test_few_steps_begin_where_the_mean_pixel_is_lost_in_noise(T, size, schedule):
-    # The last timestep whose alphas_bar is at least 0.2/(H·W). With the cosine schedule,
-    # alphas_bar of index t is cos²(((t+1)/T + s)/(1+s)·π/2) / cos²(s/(1+s)·π/2).
+    # From the last timestep whose alphas_bar is at least 0.2/(H·W) to the first whose 1 - alphas_bar
+    # is at least 0.001. Cosine: alphas_bar[t] = cos²(((t+1)/T + s)/(1+s)·π/2) / cos²(s/(1+s)·π/2).
     a = np.cumprod([1 - 1000 / T * (1e-4 + 0.0199 * t / (T - 1)) for t in range(T)])
     if schedule == "cosine":
         f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         a = f[1:] / f[0]
     for upsampler, start in ((False, 0.2 / size**2), (True, 0.3)):
         last = max(t for t in range(T) if a[t] >= start)
+        first = min(t for t in range(T) if 1 - a[t] >= 0.001)
         for n in (10, 25):
-            steps = [max(i, round((i / (n - 1)) ** 1.3 * last)) for i in range(n)]
+            part = [round((i / (n - 1)) ** 1.2 * (last - first)) for i in range(n)]
             found = few_steps(T, size, n, schedule, upsampler)
-            assert found == steps and steps[-1] == last < T - 1
+            assert found == [first + max(i, t) for i, t in enumerate(part)]
+            assert 0 < first == found[0] and found[-1] == last < T - 1
         # More steps than are left: all that are left. At least one.
-        assert few_steps(T, size, T, schedule, upsampler) == [*range(last + 1)]
+        assert few_steps(T, size, T, schedule, upsampler) == [*range(first, last + 1)]
     assert few_steps(T, 0.4, 25, schedule) == [0]
 
 def test_an_upsampler_starts_from_its_noised_small_images():
