@@ -231,6 +231,16 @@ def test_the_defaults_do_not_change_unnoticed():
     assert list(SAMPLERS) == ["ancestral", "ddim", "dpm++"]
     assert dataclasses.asdict(UNetConfig()) == CIFAR10 | dict(dropout=0.3, norm_groups=0)
 
+def test_the_readme_names_the_function_of_each_equation():
+    equations, found = r"eq\. (\d+(?:, \d+)*)", []
+    with open(os.path.join(os.path.dirname(train.__file__), "README.md"), encoding="utf-8") as file:
+        rows = re.findall(rf"^{equations}: .* \| `(.+)`$", file.read(), re.MULTILINE)
+    for numbers, name in rows:
+        source = inspect.getsource(eval(name))
+        assert set(numbers.split(", ")) <= {*", ".join(re.findall(equations, source)).split(", ")}
+        found += map(int, numbers.split(", "))
+    assert sorted(found) == [*range(3, 20)]
+
 # ---- q, from data to noise, and p, from noise to data ------------------------------------------
 
 @pytest.mark.parametrize("steps", [None, 10])
