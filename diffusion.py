@@ -4,8 +4,9 @@ This file stands alone: copy it beside a network of your own. A `model` here is 
 learned variance, v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
 
 Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
-Docstrings write p(x_{t-1} | x_t) with the paper's t, but L_t with the code's: L_0 is the decoder
-(eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T the prior (eq. 7), all in bits per dimension."""
+Docstrings write x_t and x_{t-1} as the paper does. The terms of the bound have the same subscripts
+in both: L_0 is the decoder (eq. 5), L_1 … L_{T-1} are KLs (eq. 6), and L_T the prior (eq. 7), all
+in bits per dimension. L_t is the term whose t the code calls t."""
 
 import math
 from functools import partial
@@ -45,11 +46,11 @@ class Diffusion:
     schedule    one of SCHEDULES for T timesteps, or the betas themselves, between 0 and 1
     variance    Σ of p: "learned" (eq. 15), "small" (β̃) or "large" (β)
     steps       the timesteps to run: a number of them, evenly spaced, or a rising list. None: all
-    time_scale  the network is given t·time_scale. None: 1000/T, so that it need not know T
+    time_scale  the network is given t·time_scale. None: 1000/T, so that it is given 0 … 1000
 
     Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
     given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
-    16-bit images are computed with in float32. Raises ValueError for arguments out of range."""
+    16-bit images are converted to float32. Raises ValueError for arguments out of range."""
 
     def __init__(self, schedule="cosine", T=4000, variance="learned", steps=None, time_scale=None):
         if variance not in VARIANCES:
@@ -60,7 +61,7 @@ class Diffusion:
             schedule = SCHEDULES[schedule](T)
         betas = torch.as_tensor(schedule, dtype=torch.float64).detach().cpu()
         between = betas.ndim == 1 and len(betas) and ((betas > 1e-15) & (betas < 1)).all()
-        if not between or (1 - betas).prod() < 1e-76:  # whose root is float32's smallest number
+        if not between or (1 - betas).prod() < 1e-76:  # its root would underflow in float32
             raise ValueError("schedule: betas must be one row between 0 and 1, with alphas_bar > 0")
         T = len(betas)
         given = torch.as_tensor(T if steps is None else steps).cpu()
@@ -148,12 +149,12 @@ class Diffusion:
         x0_hat = x_t - self._at(self.sqrt_one_minus_alphas_bar, t, x_t) * eps
         x0_hat = x0_hat / self._at(self.sqrt_alphas_bar, t, x_t)  # eq. 9, solved for x0
         if clip:
-            x0_hat = x0_hat.clamp(-1, 1) + 0 * x0_hat  # 0·∞ is NaN: an infinite ε is no ±1
+            x0_hat = x0_hat.clamp(-1, 1) + 0 * x0_hat  # an infinite ε gives NaN, not ±1
         mean, log_variance = self.posterior(x0_hat, x_t, t)  # eq. 11; if not clipped, eq. 13
         if self.variance == "large":
             log_variance = self._at(self.log_large, t, x_t).expand_as(x_t)
         elif self.variance == "learned":  # eq. 15
-            frac = (v + 1) / 2
+            frac = (v + 1) / 2  # the paper's v
             log_variance = frac * self._at(self.log_betas, t, x_t) + (1 - frac) * log_variance
         return mean, log_variance, x0_hat
 
@@ -170,7 +171,7 @@ class Diffusion:
 
         "simple"  L_simple: (ε - ε̂)², a mean over C·H·W (a sum in eq. 14); v learns nothing
         "vlb"     T·L_t, an estimate of L_vlb (eq. 4) but for L_T, which has no gradient
-        "hybrid"  L_simple + λ·T·L_t (eq. 16). λ = 0.001 is for such a mean, and L_t in bits.
+        "hybrid"  L_simple + λ·T·L_t (eq. 16). λ = 0.001 assumes such a mean, and L_t in bits.
                   p's mean in L_t is detached: ε learns from L_simple alone, v from L_vlb alone
         x0_hat is never clipped here: a clipped estimate has no gradient."""
         learned = ("hybrid",) if self.variance == "learned" else ()  # its second term trains v
@@ -219,14 +220,13 @@ def ancestral(diffusion, model, x, y=None, clip=True, generators=None):
     """The paper's sampler: draw each x_{t-1} from p(x_{t-1} | x_t), beginning with x = x_T.
     Yields (i, x after step i, x0_hat) for i = num_steps-1 … 0, each at the cost of a call of the
     model. The x of i = 0 are the images. clip: whether x0_hat is clipped to [-1, 1]. generators:
-    one for each image, which then does not depend on the others of its batch; None: torch's own."""
+    one for each image, so that no image depends on the others of its batch. None: torch's own."""
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full(x.shape[:1], i, device=x.device)
         eps, v = diffusion.predict(model, x, t, y)
         mean, log_variance, x0_hat = diffusion.reverse(eps, v, x, t, clip)
-        if i > 0:  # the last step adds no noise
-            mean = torch.addcmul(mean, torch.exp(0.5 * log_variance), randn_like(x, generators))
-        x = mean.to(x.dtype)
+        noise = randn_like(x, generators) if i > 0 else 0  # the last step adds none
+        x = (mean + torch.exp(0.5 * log_variance) * noise).to(x.dtype)
         yield i, x, x0_hat
 
 SAMPLERS = {"ancestral": ancestral}
@@ -292,27 +292,27 @@ def few_steps(T, image_size, steps=25, schedule="cosine", upsampler=False):
     """The timesteps at which "dpm++" draws images of image_size pixels a side best -> a list.
     Sampling begins where alphas_bar is 0.2/(H·W). If it is smaller, x0_hat is mostly error. If it
     is larger, the mean pixel of x_t shows the colour of x0, which noise (0 ± 1/sqrt(H·W)) lacks:
-    colours would be too much alike. An upsampler begins at 0.3, from start_upsampling. The last
-    call is where 1 - alphas_bar is 0.001. If it were at t = 0, the step to it would be so long, in
-    log-SNR, that order 2 overshoots, which shows as grain and saturated pixels."""
+    colours would be too similar. An upsampler begins at 0.3, from start_upsampling. Sampling ends
+    where 1 - alphas_bar is 0.001: from there to t = 0 is so long a step, in log-SNR, that order 2
+    would overshoot, which shows as grain and saturated pixels."""
     alphas_bar = Diffusion(schedule, T).alphas_bar
     start = 0.3 if upsampler else 0.2 / image_size**2
-    last = max(0, int((alphas_bar >= start).sum()) - 1)
-    first = min(last, int((alphas_bar > 0.999).sum()))
-    steps = min(steps, last - first + 1)
-    return [first + t for t in select_timesteps(steps, last - first, spacing=1.2)]
+    noisiest = max(0, int((alphas_bar >= start).sum()) - 1)
+    cleanest = min(noisiest, int((alphas_bar > 0.999).sum()))
+    between = noisiest - cleanest
+    return [cleanest + t for t in select_timesteps(min(steps, between + 1), between, spacing=1.2)]
 
 def start_upsampling(diffusion, low_res, noise):
-    """x_T (N, C, H, W) for few_steps of an upsampler: the small images (N, C, h, w), enlarged, and
-    noise (N, C, H, W), as in SDEdit (Meng et al. 2021, arXiv 2108.01073)."""
+    """x_T (N, C, H, W) for few_steps of an upsampler: the small images (N, C, h, w), enlarged, with
+    noise (N, C, H, W) added, as in SDEdit (Meng et al. 2021, arXiv 2108.01073)."""
     last = torch.full(noise.shape[:1], diffusion.num_steps - 1, device=noise.device)
     large = torch.nn.functional.interpolate(low_res, noise.shape[2:], mode="bilinear")
     return diffusion.add_noise(large, last, noise)
 
 def guided(model, scale):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a model to sample from.
-    ε is ε_uncond + scale·(ε_cond - ε_uncond), v the conditional one, of one call of the model
-    with twice the batch. It must have been trained with y = -1, no class, now and then."""
+    ε is ε_uncond + scale·(ε_cond - ε_uncond), v the conditional one, both from one call of the
+    model with twice the batch. It must have been trained with y = -1, no class, now and then."""
 
     def guided_model(x_t, time, y, **inputs):
         labels = torch.cat([y.long(), torch.full_like(y, -1, dtype=torch.int64)])
@@ -330,7 +330,7 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
     """An unbiased estimate of the bound of x0 (N, C, H, W) from 1 + calls calls of the model
     -> total (N,), terms (N, num_steps) with NaN where t was not drawn, prior (N,). L_0 is always
     computed. The mass of p ∝ (t+1)^-1.2, mixed with 5 % of a uniform p, is cut into `calls` equal
-    parts; each image draws one t ≥ 1 from each part, and its term is weighted by 1/p."""
+    parts; each image draws one t ≥ 1 from each part, and its term has weight 1/(calls·p)."""
     N, T, device = len(x0), diffusion.num_steps, x0.device
     if calls < 1 or T < 2:
         raise ValueError(f"calls must be at least 1, and T 2, not {calls} and {T}")
@@ -353,8 +353,8 @@ def estimate_bits_per_dim(diffusion, model, x0, y=None, calls=8):
 def generator(seed, index, device="cpu", stream="noise"):
     """A torch.Generator for one use: a function of the seed, the stream and the index, which counts
     training steps or sampled images ("noise"), steps and ranks ("dropout"), or epochs ("order")."""
-    start = {"noise": 0, "dropout": 2**30, "order": 2**31}[stream]  # so that no two streams meet
-    number = (seed * 0x9E3779B1 + start + index) % 2**32  # the CPU reads 32 bits alone
+    start = {"noise": 0, "dropout": 2**30, "order": 2**31}[stream]  # streams do not meet
+    number = (seed * 0x9E3779B1 + start + index) % 2**32  # the CPU reads only 32 bits
     return torch.Generator(device).manual_seed(number)
 
 def randn_like(x, generators=None):

@@ -1,6 +1,6 @@
 """The network of Improved DDPM: a UNet from (x_t, t, y) to ε, the noise in x_t, and v, for p's Σ.
 
-First stands the network, which knows nothing of schedules or data; then its checkpoints; then what
+First comes the network, which knows nothing of schedules or data; then its checkpoints; then what
 the two scripts share. The layers have the order and shapes of openai/improved-diffusion's.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 
 @dataclasses.dataclass
 class UNetConfig:
-    """What a UNet is. The defaults are the paper's CIFAR-10 network (52.5M parameters).
+    """The sizes of a UNet. The defaults are the paper's CIFAR-10 network (52.5M parameters).
     Raises ValueError for sizes that make no network."""
 
     image_size: int = 32  # pixels a side; halved between the entries of channel_mult
@@ -112,7 +112,7 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.channels).to(dtype))
         if y is not None:
             emb = emb + torch.where(y[:, None] >= 0, self.label_emb(y.clamp(min=0)), 0)
-        emb = F.silu(emb)  # (N, 4·channels); every block would begin with it
+        emb = F.silu(emb)  # (N, 4·channels); once, instead of in every block
         if low_res is not None:
             x = torch.cat([x, F.interpolate(low_res, x.shape[-2:], mode="bilinear")], dim=1)
         h, skips = x.to(dtype, memory_format=torch.channels_last), []
@@ -196,7 +196,7 @@ def timestep_embedding(t, channels):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 def zero(layer):
-    """The layer with its parameters 0: a block starts as its skip, the network as 0."""
+    """The layer with its parameters 0: at first a block returns its skip, the network 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -213,8 +213,8 @@ def attend(q, k, v):
 
 def load_checkpoint(path):
     """A UNet with the averaged weights, in eval mode, and the checkpoint: a dict whose "diffusion"
-    are Diffusion's arguments, "classes" the names of the classes or None, and "config" the flags of
-    training. path is a file of train.py, its directory, or a file that OpenAI released, known by
+    holds Diffusion's arguments, "classes" the names of the classes or None, and "config" the flags
+    of training. path is a file of train.py, its directory, or a file that OpenAI released, known by
     its name. Raises ValueError if there is no such file or it is no checkpoint."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
@@ -231,7 +231,7 @@ def load_checkpoint(path):
     return model.eval(), ckpt
 
 def from_openai(state, config, diffusion):
-    """A checkpoint of ours from the tensors of a released file, and what they do not say."""
+    """A checkpoint of ours from the tensors of a released file, and the settings that it lacks."""
     for theirs, ours in OPENAI_NAMES.items():
         state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
     # Their attention's 1×1 convolutions run over H·W, (C', C, 1); ours over (H, W).
@@ -239,8 +239,8 @@ def from_openai(state, config, diffusion):
     unet = dict(dropout=0.0, norm_groups=32) | config
     return dict(unet=unet, ema=state, diffusion=diffusion, classes=None, config={})
 
-# openai/improved-diffusion's names for our layers, and what its files are: UNetConfig's values, but
-# for the paper's CIFAR-10 ones, and Diffusion's arguments.
+# openai/improved-diffusion's names for our layers; then, for each of its files, what differs from
+# UNetConfig's defaults, and Diffusion's arguments.
 OPENAI_NAMES = {
     "input_blocks": "down", "middle_block": "middle", "output_blocks": "up", ".op.": ".",
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "emb", "proj_out": "proj",

@@ -1,6 +1,6 @@
 """Which timesteps to train on: uniformly, or where the loss is large (Nichol & Dhariwal, sec. 3.3).
 This file stands alone. The samplers are modules: .to(device) moves them, .state_dict() holds what
-they have learned. With a gloo backend for CPUs, no method lets the host wait for the device."""
+they have learned. With a gloo backend for CPUs, no method makes the host wait for the device."""
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,8 @@ class ImportanceSampler(UniformSampler):
         return torch.where(ready, p, self.p)
 
     def update(self, t, losses):
-        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). All ranks call;
-        each adds the losses of all. Losses that are not finite are left out."""
+        """Add the losses (n,) of the objective, unweighted, at timesteps t (n,). Every rank must
+        call it, and adds the losses of all. Losses that are not finite are left out."""
         t, losses = gather(torch.stack([t.float(), losses.detach().float()], 1)).unbind(1)
         t, finite = t.long(), losses.abs() < 1e18  # not NaN, and the square is finite
         same = (t[:, None] == t) & finite  # which losses belong to the same t

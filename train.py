@@ -83,11 +83,12 @@ add("--channels", type=positive, default=128, help="width at the full resolution
 add("--channel-mult", type=numbers, help="multiples of --channels, as 1,2,2; None: by image size")
 add("--num-res-blocks", type=positive, default=3, help="blocks at each resolution")
 add("--attention", type=numbers, dest="attention_resolutions", help="resolutions with "
-    "attention, as 16,8, or none; the middle always has it; None: those from 8 to 16")  # fmt: skip
+    "attention, as 16,8, or none; the middle always has it (None: all from 8 to 16)")  # fmt: skip
 add("--num-heads", type=positive, default=4, help="heads of attention")
 add("--dropout", type=share, default=0.3, help="probability of dropout")
 add = parser.add_argument_group("training").add_argument
-add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="the loss")
+add("--objective", choices=["simple", "hybrid", "vlb"], default="hybrid", help="the loss; simple "
+    "trains no variance: give it --variance small or large")  # fmt: skip
 add("--t-sampler", choices=T_SAMPLERS, default="uniform", help="which timesteps to train on")
 add("--lr", type=share, default=1e-4, help="AdamW's learning rate")
 add("--warmup", type=natural, default=0, help="updates in which the rate rises to --lr")
@@ -101,7 +102,7 @@ add("--device", choices=DEVICES, default="auto", help="where to compute")
 add("--dtype", choices=DTYPES, default="auto", help="precision of matrix products")
 add("--compile", action=switch, default=False, help="compile the network with torch.compile")
 add("--steps", type=positive, default=500_000, help="updates in all")
-add("--decay", type=share, default=0.0, help="last share of updates, where the rate falls to 0")
+add("--decay", type=share, default=0.0, help="last share of --steps, in which the rate falls to 0")
 add("--accum", type=positive, default=1, help="parts of a batch, computed in turn to save memory")
 add("--log-every", type=positive, default=100, help="updates between rows of log.csv")
 add("--sample-every", type=natural, default=10_000, help="updates between grids; 0: no grids")
@@ -112,7 +113,7 @@ add("--ckpt", metavar="FILE", help="the checkpoint to measure; None: the one in 
 add("--eval-images", type=positive, default=10_000, help="the most images to measure")
 add("--eval-steps", type=positive, help="steps of the process to measure; None: all")
 add("--eval-calls", type=number(int, 4), default=10, help="calls of the network for each image")
-add("--spacing", type=number(float, 1), default=1.0, help="1: even steps; 3: denser near t = 0")
+add("--spacing", type=number(float, 1), default=1.0, help="1: even --eval-steps; 3: denser near 0")
 
 # ---- Training ----------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ def train(args, network, process, ckpt, device, dtype):
         stateful[name].load_state_dict(ckpt.pop(name))
     about = dict(config=vars(args), unet=network, diffusion=process, classes=classes)
     start, begin = ckpt.get("step", 0), time.monotonic() - ckpt.get("seconds", 0)
-    # Since the last row: loss, norm, updates taken and skipped; and those skipped in all.
+    # Sums since the last row: loss, norm, updates taken and skipped; then all skipped ones.
     sums = ckpt.get("sums", torch.zeros(5)).to(device)
     begin_log(args, start, len(images))
     net = torch.compile(model) if args.compile else model
@@ -504,9 +505,9 @@ def read_picture(root, size, path):
 
 @torch.no_grad()
 def evaluate(args, model, process, classes, device, dtype):
-    """Print a network's bound on the images of --data, and write the mean of each L_t. Those of
-    digits and cifar10 are images that no run trains on. Unless every term is computed, each image's
-    bound is estimated twice: the difference shows the error due to timesteps and noise."""
+    """Print a network's bound on the images of --data, and write the mean of each L_t. For
+    digits and cifar10 these are images that no run trains on. Unless every term is computed, each
+    image's bound is estimated twice: the difference shows the error due to timesteps and noise."""
     steps = args.eval_steps and select_timesteps(args.eval_steps, args.T - 1, args.spacing)
     diffusion = Diffusion(**process, steps=steps).to(device)
     images, labels, _ = load_data(args, classes, True, model.config.num_classes)
@@ -515,8 +516,8 @@ def evaluate(args, model, process, classes, device, dtype):
     torch.manual_seed(generator(args.seed, RANK, stream="dropout").initial_seed())
     exact, calls = args.eval_calls >= diffusion.num_steps, args.eval_calls // 2 - 1
 
-    # For each image the bound, half the difference of two estimates, the prior, and its number. For
-    # each t the sum of all L_t, and their number.
+    # For each image the bound, half the difference of two estimates, the prior, and its index. For
+    # each t the sum of all L_t, and how many they are.
     bounds, sums = [torch.zeros(0, 4)], torch.zeros(2, diffusion.num_steps).double()
     for start in tqdm(range(0, len(mine), args.batch), "bits/dim", disable=RANK > 0 or None):
         part = mine[start : start + args.batch]
@@ -533,9 +534,9 @@ def evaluate(args, model, process, classes, device, dtype):
         parts = (total + other) / 2, (total - other) / 2, prior, torch.from_numpy(part).to(prior)
         bounds.append(torch.stack(parts, 1).cpu())
         sums += torch.stack([terms.nansum(0), (~terms.isnan()).sum(0)]).cpu()
-    bound, half, prior, numbers = gather(torch.cat(bounds).double()).unbind(1)
+    bound, half, prior, indices = gather(torch.cat(bounds).double()).unbind(1)
     sums, draws = gather(sums[None]).sum(0)
-    if bad := numbers[~bound.isfinite()].int().tolist():
+    if bad := indices[~bound.isfinite()].int().tolist():
         which = f"{sorted(bad)[:9]}{' and more' if len(bad) > 9 else ''}"
         sys.exit(f"{args.ckpt}: not finite: the bound of images {which}")
 
