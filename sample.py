@@ -154,14 +154,14 @@ def choose_inputs(args, config, ckpt):
     classes = ckpt["classes"] or [str(k) for k in range(config.num_classes or 0)]
     small, chosen = None, classes
     if bool(args.low_res) != bool(config.low_res):
-        parser.error(f"--low-res: {args.ckpt} is {'an' if config.low_res else 'no'} upsampler")
+        parser.error(f"--low-res NPZ: {args.ckpt} is {'an' if config.low_res else 'no'} upsampler")
     if args.low_res:
         try:
             small, chosen = load_npz(args.low_res)
         except ValueError as error:
             parser.error(f"--low-res: {error}")
         if small.shape[-1] != config.low_res:
-            parser.error(f"--low-res: the network takes {config.low_res} pixels a side")
+            parser.error(f"--low-res: {small.shape[-1]} pixels, not the network's {config.low_res}")
         small = torch.from_numpy(small) / 127.5 - 1
     args.n = args.n or (len(small) if args.low_res else 64)
     small = small[torch.arange(args.n) % len(small)] if args.low_res else None

@@ -1484,7 +1484,7 @@ def test_a_run_says_and_stores_what_it_is_and_a_torn_row_of_its_log_is_cut(with_
     flags = "--steps 8 --log-every 3 --warmup 16 --out".split()
     assert script("train.py", *SMALL, *flags, "run") == 0
     out, ckpt, rows = capsys.readouterr().out, saved(), log()
-    for word in ("batch=8", "channel_mult=(1,)", "lr=0.0001", "10 images", "run/ckpt.pt"):
+    for word in ("batch=8", "channel_mult=(1,)", "lr=0.0001", "10 images", "run begins", "run/ckpt.pt"):
         assert word in out, word
     assert ckpt["config"] == parsed(*SMALL, *flags, "run") and ckpt["step"] == 8
     assert dict(schedule="cosine", T=4, variance="learned").items() <= ckpt["diffusion"].items()
@@ -1497,6 +1497,7 @@ def test_a_run_says_and_stores_what_it_is_and_a_torn_row_of_its_log_is_cut(with_
     with open("run/log.csv", "a") as file:
         file.write("7")  # of a run that was killed while it wrote
     assert script("train.py", *SMALL, "--out", "run", "--steps", 9) == 0  # the command again
+    assert "run goes on after update 8" in capsys.readouterr().out
     assert [row[0] for row in log()] == [3, 6, 8, 9]
     assert 1000 <= saved()["seconds"] < 1060 and 1000 <= log()[-1][6] < 1060
 

@@ -94,7 +94,7 @@ add("--lr", type=share, default=1e-4, help="AdamW's learning rate")
 add("--warmup", type=natural, default=0, help="updates in which the rate rises to --lr")
 add("--ema", type=share, default=0.9999, help="the final decay of the averaged weights")
 add("--grad-clip", type=number(float, 0), default=0, help="largest norm of a gradient; 0: no limit")
-add("--label-dropout", type=share, default=0.0, help="share of images whose class is hidden")
+add("--label-dropout", type=share, default=0.0, help="share of classes hidden, for guidance")
 add("--init", metavar="FILE", help="begin a new run with the averaged weights of this checkpoint")
 add = parser.add_argument_group("the run (these may change when it is resumed)").add_argument
 add("--out", metavar="DIR", help="the run's directory; None: runs/ and the data's name")
@@ -146,6 +146,7 @@ def train(args, network, process, ckpt, device, dtype):
     # Sums since the last row: loss, norm, updates taken and skipped; then all skipped ones.
     sums = ckpt.get("sums", torch.zeros(5)).to(device)
     begin_log(args, start, len(images))
+    print(f"{args.out} begins" if start == 0 else f"{args.out} goes on after update {start}")
     net = torch.compile(model) if args.compile else model
     if WORLD > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -366,7 +367,7 @@ def load_data(args, known=None, held_out=False, num_classes=None):
     if not args.class_cond:
         return images, None, None
     if names is None or "" in names:
-        parser.error(f"--class-cond: not all images of {data} have a class")
+        parser.error(f"--class-cond: not all images of {data} have a class (a subfolder or label)")
     names = [unicodedata.normalize("NFC", name) for name in names]
     classes = known or sorted(set(names))
     if num_classes not in (None, len(classes)):
@@ -600,7 +601,8 @@ def parse_args(argv):
     for key in sorted(fixed):
         if vars(args)[key] != stored[key]:
             flag = f"--{key.removesuffix('_resolutions').replace('_', '-')} {vars(args)[key]}"
-            parser.error(f"{flag}: {source} has {stored[key]}; leave it out, or give another --out")
+            instead = "leave it out, or give another --out" if resumes else "leave it out"
+            parser.error(f"{flag}: {source} has {stored[key]}; {instead}")
 
     # What follows from other flags, and what contradicts them.
     args.channel_mult = args.channel_mult or MULTS.get(args.image_size, (1, 2, 3, 4))
@@ -609,7 +611,7 @@ def parse_args(argv):
         args.attention_resolutions = tuple(side for side in sides if 8 <= side <= 16)
     there = os.path.isfile if str(args.data).endswith(".npz") else os.path.isdir
     if args.data not in PRESETS and not there(str(args.data)):
-        parser.error(f"--data {args.data} is neither digits, cifar10, a folder nor an .npz file")
+        parser.error(f"--data {args.data} must be digits, cifar10, or an existing folder or X.npz")
     if args.data == "cifar10" and args.image_size != 32:
         parser.error(f"--image-size {args.image_size}: cifar10 has 32")
     if args.eval_steps and args.eval_steps > args.T:
