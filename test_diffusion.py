@@ -1484,7 +1484,7 @@ def test_a_run_says_and_stores_what_it_is_and_a_torn_row_of_its_log_is_cut(with_
     flags = "--steps 8 --log-every 3 --warmup 16 --out".split()
     assert script("train.py", *SMALL, *flags, "run") == 0
     out, ckpt, rows = capsys.readouterr().out, saved(), log()
-    for word in ("batch=8", "channel_mult=(1,)", "lr=0.0001", "10 images", "run begins", "run/ckpt.pt"):
+    for word in ("batch=8", "channel_mult=(1,)", "lr=0.0001", "10 images", "run begins", "ckpt.pt"):
         assert word in out, word
     assert ckpt["config"] == parsed(*SMALL, *flags, "run") and ckpt["step"] == 8
     assert dict(schedule="cosine", T=4, variance="learned").items() <= ckpt["diffusion"].items()
