@@ -701,8 +701,8 @@ def test_many_steps_without_noise_do_not_add_up_the_errors_of_16_bits(dtype):
 
 @pytest.mark.parametrize("T, size, schedule", [(4000, 32, "cosine"), (400, 8, "linear")])
 def test_few_steps_begin_where_the_mean_pixel_is_lost_in_noise(T, size, schedule):
-    # From the last timestep whose alphas_bar is at least 0.2/(H·W) to the first whose 1 - alphas_bar
-    # is at least 0.001. Cosine: alphas_bar[t] = cos²(((t+1)/T + s)/(1+s)·π/2) / cos²(s/(1+s)·π/2).
+    # From the last t with alphas_bar of at least 0.2/(H·W) to the first whose 1 - alphas_bar is at
+    # least 0.001. Cosine: alphas_bar[t] = f(t+1) / f(0), with f(t) = cos²((t/T + s)/(1+s)·π/2).
     a = np.cumprod([1 - 1000 / T * (1e-4 + 0.0199 * t / (T - 1)) for t in range(T)])
     if schedule == "cosine":
         f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
