@@ -40,8 +40,8 @@ parser = argparse.ArgumentParser(
 add = parser.add_argument
 add("--ckpt", metavar="FILE|DIR", help="(default: the newest run in runs/, else assets/digits.pt)")
 add("--n", type=positive, help="images (default: 64; with --low-res, one for each small image)")
-add("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++; only ancestral uses "
-    "the learned variance)")  # fmt: skip
+add("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++; the learned variance "
+    "serves only ancestral, and bits/dim)")  # fmt: skip
 add("--steps", type=positive, help="calls of the network, at most (default: 25; ancestral: 250)")
 add("--eta", type=number(float, 0, 1), help="share of noise, for ddim (default: 0)")
 add("--variance", choices=VARIANCES, help="for ancestral (default: as trained)")
