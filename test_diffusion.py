@@ -2488,6 +2488,12 @@ def test_the_newest_run_is_drawn_from_else_the_checkpoint_in_assets(here):
     pixels, y = file["arr_0"].transpose(0, 3, 1, 2).astype(float), file["arr_1"].tolist()
     assert y == [k % 10 for k in range(20)] and pixels.shape[2:] == (16, 16)
     assert sum(digit_shown(x)[0] == str(k) for x, k in zip(pixels, y)) >= 15
+    flags = f"--ckpt {ROOT}/assets/cifar10.pt --n 4 --steps 8 --guidance 2 --out x.npz".split()
+    bluer = {}  # than red, by this many grey levels
+    for name in ("ship", "frog"):  # a ship is on water or under the sky, a frog is not
+        sample(*flags, "--class", name)
+        bluer[name] = np.subtract(*np.load("x.npz")["arr_0"].mean((0, 1, 2))[[2, 0]])
+    assert bluer["ship"] > bluer["frog"] + 20
 
 # ---- Two ranks ---------------------------------------------------------------------------------
 
