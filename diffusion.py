@@ -1,7 +1,8 @@
 """The mathematics of Improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672), for any network.
-This file stands alone: copy it beside a network of your own. A `model` here is any callable
-(x_t, time, y) -> (N, C or 2C, H, W) that predicts the noise ε in x_t (N, C, H, W) and, for a
-learned variance, v in C more channels: -1 is β̃, 1 is β. Equation numbers are the paper's.
+This file stands alone: copy it beside a network of your own. Equation numbers are the paper's.
+A `model` here is any callable (x_t, time, y) -> (N, C or 2C, H, W) that predicts the noise ε in
+x_t (N, C, H, W) and, for a learned variance, v in C more channels. It is -1 for β̃ and 1 for β:
+the paper's v is (v + 1) / 2.
 
 Images are in [-1, 1]. The code's t = 0 … T-1 is the paper's t = 1 … T: x_t at t = 0 is its x_1.
 Docstrings write x_t and x_{t-1} as the paper does. The terms of the bound have the same subscripts
@@ -24,7 +25,7 @@ def linear_betas(T):
     return torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64).clamp(max=0.999)
 
 def cosine_betas(T, s=0.008):
-    """Betas of alphas_bar ∝ cos²((t/T + s) / (1 + s) · π/2), at most 0.999 (eq. 17)."""
+    """Betas, at most 0.999, of alphas_bar ∝ cos²((t/T + s) / (1 + s) · π/2) (eq. 17)."""
     time = torch.arange(T + 1, dtype=torch.float64) / T
     alphas_bar = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=0.999)
@@ -46,7 +47,7 @@ class Diffusion:
     schedule    one of SCHEDULES for T timesteps, or the betas themselves, between 0 and 1
     variance    Σ of p: "learned" (eq. 15), "small" (β̃) or "large" (β)
     steps       the timesteps to run: a number of them, evenly spaced, or a rising list. None: all
-    time_scale  the network is given t·time_scale. None: 1000/T, so that it is given 0 … 1000
+    time_scale  the network is given t·time_scale. None: 1000/T, so that it is below 1000
 
     Everywhere t (N,) int64 counts the steps of this process, 0 … num_steps-1. Only the network is
     given the original timestep. The tables are float64, made once, on the CPU until `.to(device)`.
@@ -84,7 +85,7 @@ class Diffusion:
         self.posterior_x0 = betas * before.sqrt() / (1 - alphas_bar)  # of x0 in eq. 11
         self.posterior_x_t = (1 - before) * alphas.sqrt() / (1 - alphas_bar)  # of x_t in eq. 11
         # β̃ is 0 at t = 0, where x_0 is known; but the decoder (eq. 5) needs a width. As in the
-        # released code, β̃ of t = 1 takes its place, also in large and in learned's v = -1.
+        # released code, β̃ of t = 1 (the paper's 2) takes its place, also in large and for v = -1.
         first = small[1:2] if len(betas) > 1 else betas
         self.log_betas = betas.log()
         self.log_small = torch.cat([first, small[1:]]).log()
@@ -154,7 +155,7 @@ class Diffusion:
         if self.variance == "large":
             log_variance = self._at(self.log_large, t, x_t).expand_as(x_t)
         elif self.variance == "learned":  # eq. 15
-            frac = (v + 1) / 2  # the paper's v
+            frac = (v + 1) / 2  # what the paper calls v
             log_variance = frac * self._at(self.log_betas, t, x_t) + (1 - frac) * log_variance
         return mean, log_variance, x0_hat
 
@@ -293,8 +294,8 @@ def few_steps(T, image_size, steps=25, schedule="cosine", upsampler=False):
     Sampling begins where alphas_bar is 0.2/(H·W). If it is smaller, x0_hat is mostly error. If it
     is larger, the mean pixel of x_t shows the colour of x0, which noise (0 ± 1/sqrt(H·W)) lacks:
     colours would be too similar. An upsampler begins at 0.3, from start_upsampling. Sampling ends
-    where 1 - alphas_bar is 0.001: from there to t = 0 is so long a step, in log-SNR, that order 2
-    would overshoot, which shows as grain and saturated pixels."""
+    where 1 - alphas_bar is 0.001: one more step, to t = 0, would be so long in log-SNR that order 2
+    would overshoot: grain, saturated pixels. The constants were tried on digits and photographs."""
     alphas_bar = Diffusion(schedule, T).alphas_bar
     start = 0.3 if upsampler else 0.2 / image_size**2
     noisiest = max(0, int((alphas_bar >= start).sum()) - 1)

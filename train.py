@@ -57,7 +57,8 @@ PRESETS = {"digits": DIGITS, "cifar10": {}}
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
 def numbers(text):
-    return () if text == "none" else tuple(map(number(int, 1), text.split(",")))
+    parts = text.strip("()").rstrip(",").split(",")  # as typed, or as the run prints them
+    return () if text in ("none", "()") else tuple(map(number(int, 1), parts))
 
 positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
 switch = argparse.BooleanOptionalAction
@@ -77,7 +78,7 @@ add("--seed", type=natural, default=0, help="the seed of all randomness")
 add = parser.add_argument_group("process").add_argument
 add("--schedule", choices=SCHEDULES, default="cosine", help="the noise schedule")
 add("--T", type=number(int, 2), default=4000, help="the number of timesteps")
-add("--variance", choices=VARIANCES, default="learned", help="the variance of a step of p")
+add("--variance", choices=VARIANCES, default="learned", help="the variance of a denoising step")
 add = parser.add_argument_group("network").add_argument
 add("--channels", type=positive, default=128, help="width at the full resolution")
 add("--channel-mult", type=numbers, help="multiples of --channels, as 1,2,2; None: by image size")
@@ -340,7 +341,7 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
 
 # ---- Data --------------------------------------------------------------------------------------
 
-@functools.lru_cache(1)  # of the size, a flag's default, and of the images
+@functools.lru_cache(1)  # read twice: for --image-size's default, and as data
 def read_npz(path):
     try:
         return load_npz(path)
