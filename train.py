@@ -65,7 +65,8 @@ switch = argparse.BooleanOptionalAction
 data_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 data_parser.add_argument("--data", default="digits", help="digits, cifar10, a folder or X.npz")
 parser = argparse.ArgumentParser(
-    parents=[data_parser], allow_abbrev=False, usage="[torchrun] train.py [--data WHAT] [flags]",
+    parents=[data_parser], allow_abbrev=False, description=__doc__.splitlines()[0],
+    usage="[torchrun] train.py [--data WHAT] [flags]",
     formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, 2, 32, 100),
 )  # fmt: skip
 add = parser.add_argument_group("images").add_argument
