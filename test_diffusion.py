@@ -1634,7 +1634,7 @@ def test_training_is_the_plain_loop_of_the_paper(flags, with_arrays):
     shape = dict(channel_mult=(1, 2), attention_resolutions=(4,))
     shape |= dict(low_res=2, schedule="linear") if "low-res" in flags else {}
     checkpoint("init.pt", classes=["0", "1", "2"], T=4, **shape)
-    given += " --channel-mult (1,2) --attention (4,) --log-every 5 --steps 11 --out run"
+    given += " --channel-mult 1,2 --attention 4 --log-every 5 --steps 11 --out run"
     assert script("train.py", *SMALL, *given.split(), *flags.split()) == 0
     assert_is_plain_training("run")
 

@@ -57,8 +57,7 @@ PRESETS = {"digits": DIGITS, "cifar10": {}}
 MULTS = {16: (1, 2, 2), 32: (1, 2, 2, 2), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
 def numbers(text):
-    parts = text.strip("()").rstrip(",").split(",")  # as typed, or as the run prints them
-    return () if text in ("none", "()") else tuple(map(number(int, 1), parts))
+    return () if text == "none" else tuple(map(number(int, 1), text.split(",")))
 
 positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
 switch = argparse.BooleanOptionalAction
@@ -342,7 +341,7 @@ def draw_samples(args, step, average, diffusion, images, labels, dtype):
 
 # ---- Data --------------------------------------------------------------------------------------
 
-@functools.lru_cache(1)  # read twice: for --image-size's default, and as data
+@functools.lru_cache(1)  # wanted twice: for --image-size's default, and as data
 def read_npz(path):
     try:
         return load_npz(path)
